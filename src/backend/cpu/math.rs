@@ -1,0 +1,159 @@
+//! Inner loops, written so that the compiler vectorises them.
+
+use candle_core::WithDType;
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+/// A type keys and values are stored in.
+pub(super) trait Element: WithDType + Default {
+    /// The numbers as f32: the slice itself where it is f32, else converted into `buffer`.
+    fn widen<'a>(source: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32];
+}
+
+impl Element for f32 {
+    fn widen<'a>(source: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
+        source
+    }
+}
+
+impl Element for f16 {
+    fn widen<'a>(source: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        buffer.resize(source.len(), 0.0);
+        source.convert_to_f32_slice(buffer);
+        buffer
+    }
+}
+
+impl Element for bf16 {
+    fn widen<'a>(source: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        buffer.resize(source.len(), 0.0);
+        source.convert_to_f32_slice(buffer);
+        buffer
+    }
+}
+
+/// `a * b + c`, fused where the target has the instruction (`mul_add` is a library call where it has not).
+#[inline(always)]
+fn fma(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(target_feature = "fma") { a.mul_add(b, c) } else { a * b + c }
+}
+
+const LANES: usize = 16;
+
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] = fma(x[i], y[i], lanes[i]);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0] + tail
+}
+
+/// `c += a b` for row-major `a` `[m, k]`, `b` `[k, n]` and `c` `[m, n]`.
+pub(super) fn matmul_add(a: &[f32], b: &[f32], c: &mut [f32], k: usize, n: usize) {
+    const ROWS: usize = 4;
+    let mut a_blocks = a.chunks_exact(ROWS * k);
+    let mut c_blocks = c.chunks_exact_mut(ROWS * n);
+    for (a, c) in (&mut a_blocks).zip(&mut c_blocks) {
+        block::<ROWS>(a, b, c, k, n);
+    }
+    for (a, c) in a_blocks.remainder().chunks_exact(k).zip(c_blocks.into_remainder().chunks_exact_mut(n)) {
+        block::<1>(a, b, c, k, n);
+    }
+}
+
+/// `M` rows of the product, `LANES` columns at a time, the sums in registers.
+fn block<const M: usize>(a: &[f32], b: &[f32], c: &mut [f32], k: usize, n: usize) {
+    let whole = n / LANES * LANES;
+    for column in (0..whole).step_by(LANES) {
+        let mut sums = [[0f32; LANES]; M];
+        for (i, b) in b.chunks_exact(n).enumerate().take(k) {
+            let b = &b[column..column + LANES];
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let x = a[m * k + i];
+                for lane in 0..LANES {
+                    sums[lane] = fma(x, b[lane], sums[lane]);
+                }
+            }
+        }
+        for (m, sums) in sums.iter().enumerate() {
+            c[m * n + column..][..LANES].iter_mut().zip(sums).for_each(|(c, s)| *c += s);
+        }
+    }
+    for column in whole..n {
+        for m in 0..M {
+            c[m * n + column] += (0..k).map(|i| a[m * k + i] * b[i * n + column]).sum::<f32>();
+        }
+    }
+}
+
+/// e^x for x <= 0 within 2e-7 relative; 0 below -87.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // e^x = 2^n e^r with n = round(x / ln 2) and r in [-ln 2 / 2, ln 2 / 2], ln 2 in two parts.
+    let clamped = x.max(-87.0);
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
+    let n = fma(clamped, std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let r = fma(n, -0.693_359_4, clamped);
+    let r = fma(n, 2.121_944_4e-4, r);
+    let mut p = 1.0 / 5040.0;
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = fma(p, r, c);
+    }
+    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    if x < -87.0 { 0.0 } else { p * scale }
+}
+
+pub(super) fn max(x: &[f32]) -> f32 {
+    x.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Softmax in place; an empty slice stays empty.
+pub(super) fn softmax(x: &mut [f32]) {
+    let top = max(x);
+    x.iter_mut().for_each(|x| *x = exp(*x - top));
+    let sum: f32 = x.iter().sum();
+    x.iter_mut().for_each(|x| *x /= sum);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_exact_to_rounding() {
+        for i in 0..870_000 {
+            let x = -(i as f32) * 1e-4;
+            let want = (x as f64).exp();
+            let error = (exp(x) as f64 - want).abs() / want;
+            assert!(error < 2e-7, "exp({x}) is off by {error}");
+        }
+        assert_eq!((exp(0.0), exp(-87.5), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn matmul_equals_its_definition() {
+        for (m, k, n) in [(1, 1, 1), (4, 16, 16), (7, 64, 33), (5, 3, 50), (9, 80, 64)] {
+            let number = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 25.0;
+            let a: Vec<f32> = (0..m * k).map(number).collect();
+            let b: Vec<f32> = (0..k * n).map(|i| number(i + 5)).collect();
+            let mut c = vec![1f32; m * n];
+            matmul_add(&a, &b, &mut c, k, n);
+            for i in 0..m {
+                for j in 0..n {
+                    let want: f32 = 1.0 + (0..k).map(|x| a[i * k + x] * b[x * n + j]).sum::<f32>();
+                    assert!((c[i * n + j] - want).abs() < 1e-4, "{m}x{k}x{n} at {i},{j}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Fixed-size pages of one KV head, and the lanes beside their keys and values.
+
+use crate::error::{Error, Result};
+use candle_core::WithDType;
+
+/// Pages per allocation.
+const SLAB_PAGES: usize = 64;
+
+/// The pool has no page left.
+#[derive(Debug)]
+pub(super) struct Full {
+    pub(super) limit: u64,
+}
+
+/// One entry to be written.
+pub(super) struct Entry<'a, E> {
+    pub(super) k: &'a [E],
+    pub(super) v: &'a [E],
+    pub(super) pos: u32,
+    pub(super) mark: bool,
+    pub(super) score: f32,
+}
+
+#[derive(Debug)]
+struct Slab<E> {
+    k: Vec<E>, // [pages, page_size, head_dim]
+    v: Vec<E>,
+    pos: Vec<u32>, // [pages, page_size]
+    mark: Vec<bool>,
+    score: Vec<f32>,
+}
+
+/// The first entries of a page.
+pub(super) struct Page<'a, E> {
+    pub(super) k: &'a [E], // [entries, head_dim]
+    pub(super) v: &'a [E],
+    pub(super) pos: &'a [u32],
+    pub(super) mark: &'a [bool],
+    pub(super) score: &'a [f32],
+}
+
+#[derive(Debug)]
+pub(super) struct Pool<E> {
+    pub(super) page_size: usize,
+    pub(super) head_dim: usize,
+    slabs: Vec<Slab<E>>,
+    free: Vec<u32>,
+    reserved: usize,
+    max_pages: usize,
+    limit: Option<u64>,
+}
+
+impl<E: WithDType + Default> Pool<E> {
+    pub(super) fn new(head_dim: usize, page_size: usize, limit: Option<u64>) -> Result<Self> {
+        if page_size == 0 {
+            return Err(Error::Config("page_size=0: a page holds at least one entry".into()));
+        }
+        let mut pool =
+            Self { page_size, head_dim, slabs: vec![], free: vec![], reserved: 0, max_pages: u32::MAX as usize, limit };
+        if let Some(limit) = limit {
+            pool.max_pages = pool.max_pages.min((limit / pool.page_bytes()) as usize);
+            if pool.max_pages == 0 {
+                let page = pool.page_bytes();
+                return Err(Error::Config(format!("a limit of {limit} bytes holds no page of {page} bytes")));
+            }
+        }
+        Ok(pool)
+    }
+
+    /// Bytes of a page: keys, values, and 9 bytes an entry for position, mark and score.
+    pub(super) fn page_bytes(&self) -> u64 {
+        let lanes = size_of::<u32>() + size_of::<bool>() + size_of::<f32>();
+        (self.page_size * (2 * self.head_dim * E::DTYPE.size_in_bytes() + lanes)) as u64
+    }
+
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    pub(super) fn pages_reserved(&self) -> u64 {
+        self.reserved as u64
+    }
+
+    pub(super) fn pages_in_use(&self) -> u64 {
+        (self.reserved - self.free.len()) as u64
+    }
+
+    pub(super) fn take(&mut self) -> std::result::Result<u32, Full> {
+        if self.free.is_empty() {
+            self.grow();
+        }
+        self.free.pop().ok_or(Full { limit: self.limit.unwrap_or(u64::MAX) })
+    }
+
+    pub(super) fn give(&mut self, page: u32) {
+        self.free.push(page);
+    }
+
+    fn grow(&mut self) {
+        let pages = SLAB_PAGES.min(self.max_pages - self.reserved);
+        let (entries, first) = (pages * self.page_size, self.reserved as u32);
+        self.slabs.push(Slab {
+            k: vec![E::default(); entries * self.head_dim],
+            v: vec![E::default(); entries * self.head_dim],
+            pos: vec![0; entries],
+            mark: vec![false; entries],
+            score: vec![0.0; entries],
+        });
+        self.reserved += pages;
+        self.free.extend((first..first + pages as u32).rev());
+    }
+
+    /// The first `entries` entries of a page.
+    pub(super) fn page(&self, page: u32, entries: usize) -> Page<'_, E> {
+        let (slab, at) = self.locate(page, 0);
+        let (slab, d) = (&self.slabs[slab], self.head_dim);
+        Page {
+            k: &slab.k[at * d..][..entries * d],
+            v: &slab.v[at * d..][..entries * d],
+            pos: &slab.pos[at..][..entries],
+            mark: &slab.mark[at..][..entries],
+            score: &slab.score[at..][..entries],
+        }
+    }
+
+    pub(super) fn write(&mut self, page: u32, offset: usize, entry: &Entry<E>) {
+        let (slab, at) = self.locate(page, offset);
+        let (slab, d) = (&mut self.slabs[slab], self.head_dim);
+        slab.k[at * d..][..d].copy_from_slice(entry.k);
+        slab.v[at * d..][..d].copy_from_slice(entry.v);
+        (slab.pos[at], slab.mark[at], slab.score[at]) = (entry.pos, entry.mark, entry.score);
+    }
+
+    /// Copies an entry with everything that belongs to it.
+    pub(super) fn copy(&mut self, from: (u32, usize), to: (u32, usize)) {
+        let d = self.head_dim;
+        let ((from_slab, from), (to_slab, to)) = (self.locate(from.0, from.1), self.locate(to.0, to.1));
+        if from_slab == to_slab {
+            let slab = &mut self.slabs[from_slab];
+            slab.k.copy_within(from * d..(from + 1) * d, to * d);
+            slab.v.copy_within(from * d..(from + 1) * d, to * d);
+            (slab.pos[to], slab.mark[to], slab.score[to]) = (slab.pos[from], slab.mark[from], slab.score[from]);
+        } else if let Ok([source, target]) = self.slabs.get_disjoint_mut([from_slab, to_slab]) {
+            target.k[to * d..][..d].copy_from_slice(&source.k[from * d..][..d]);
+            target.v[to * d..][..d].copy_from_slice(&source.v[from * d..][..d]);
+            (target.pos[to], target.mark[to], target.score[to]) =
+                (source.pos[from], source.mark[from], source.score[from]);
+        }
+    }
+
+    pub(super) fn set_mark(&mut self, page: u32, offset: usize) {
+        let (slab, at) = self.locate(page, offset);
+        self.slabs[slab].mark[at] = true;
+    }
+
+    pub(super) fn score_mut(&mut self, page: u32, offset: usize) -> &mut f32 {
+        let (slab, at) = self.locate(page, offset);
+        &mut self.slabs[slab].score[at]
+    }
+
+    fn locate(&self, page: u32, offset: usize) -> (usize, usize) {
+        let page = page as usize;
+        (page / SLAB_PAGES, page % SLAB_PAGES * self.page_size + offset)
+    }
+}

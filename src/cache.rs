@@ -1,0 +1,262 @@
+use crate::{
+    backend::{Backend, Tap},
+    error::{Error, Result},
+    policy::{GateSource, LayerCx, Needs, NewTokens, Policy, Protect},
+    spec::ModelSpec,
+    stats::{Stats, Usage},
+    step::{Phase, SeqId, Span, Step},
+};
+use candle_core::Tensor;
+use std::{collections::HashMap, sync::Arc};
+
+/// The cache of a model: pairs a policy with a backend and fixes the order of calls.
+///
+/// A step is [`begin`](Self::begin), one [`attend`](Self::attend) per layer in order, [`end`](Self::end).
+#[derive(Debug)]
+pub struct KvCache {
+    spec: ModelSpec,
+    policy: Arc<dyn Policy>,
+    backend: Box<dyn Backend>,
+    taps: Vec<Tap>,
+    sequences: HashMap<SeqId, Life>,
+    next: u64,
+    stats: Stats,
+}
+
+/// What the host knows of a sequence.
+#[derive(Debug, Clone, Copy, Default)]
+struct Life {
+    seen: usize,
+    /// Decode steps since the last prefill: the clock of [`When::every`](crate::When).
+    decoded: u32,
+    in_step: bool,
+    dropped: bool,
+}
+
+impl KvCache {
+    /// Pairs a policy with a backend.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with every reason why this model and backend cannot run the policy.
+    pub fn new(spec: ModelSpec, policy: Arc<dyn Policy>, mut backend: Box<dyn Backend>) -> Result<Self> {
+        let mut reasons = spec.faults();
+        let mut needs = vec![];
+        if reasons.is_empty() {
+            reasons.extend(policy.faults());
+            reasons.extend(policy.misfits(&spec));
+        }
+        if reasons.is_empty() {
+            needs = needs_of(&*policy, &spec);
+            if needs.iter().any(|n| n.gates.is_some()) && spec.gates.is_none() {
+                reasons
+                    .push("the model has no decision gates: name a file with `weights=`, or take a DMS model".into());
+            }
+            reasons.extend(backend.prepare(&needs));
+        }
+        if !reasons.is_empty() {
+            return Err(Error::Refused { policy: policy.to_string(), reasons });
+        }
+        let taps = needs.iter().map(|n| n.attn_mass.map_or(Tap::None, |decay| Tap::Mass { decay })).collect();
+        Ok(Self { spec, policy, backend, taps, sequences: HashMap::new(), next: 0, stats: Stats::default() })
+    }
+
+    /// Where a policy wants a model's decision logits from; `None` if it needs none.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if its layers name different sources.
+    pub fn gate_source(policy: &dyn Policy, spec: &ModelSpec) -> Result<Option<GateSource>> {
+        let mut sources: Vec<GateSource> = needs_of(policy, spec).into_iter().filter_map(|n| n.gates).collect();
+        sources.dedup();
+        if sources.len() > 1 {
+            let reasons = vec!["layers name different sources of gates".into()];
+            return Err(Error::Refused { policy: policy.to_string(), reasons });
+        }
+        Ok(sources.pop())
+    }
+
+    /// The model's shape.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The policy.
+    pub fn policy(&self) -> &Arc<dyn Policy> {
+        &self.policy
+    }
+
+    /// A new, empty sequence.
+    pub fn open(&mut self) -> SeqId {
+        let seq = SeqId(self.next);
+        self.next += 1;
+        self.sequences.insert(seq, Life::default());
+        seq
+    }
+
+    /// Tokens a sequence has seen, held or not; the position of its next token.
+    ///
+    /// # Errors
+    /// [`Error::Sequence`] if it is unknown.
+    pub fn seen(&self, seq: SeqId) -> Result<usize> {
+        Ok(self.life(seq)?.seen)
+    }
+
+    fn life(&self, seq: SeqId) -> Result<Life> {
+        let unknown = || Error::Sequence { seq, what: "is unknown to this cache or already released".into() };
+        self.sequences.get(&seq).copied().ok_or_else(unknown)
+    }
+
+    /// Starts a step: each sequence with its number of new tokens and what it does. Sequences may be in different
+    /// phases and of different length.
+    ///
+    /// # Errors
+    /// [`Error::Sequence`] for a sequence that is unknown, named twice, was dropped, or is still in a step that did not
+    /// end; for no tokens; for a decode of more than one token; for more than 2^31 tokens. Nothing has changed then.
+    pub fn begin(&mut self, work: &[(SeqId, usize, Phase)]) -> Result<Step> {
+        let mut spans: Vec<Span> = Vec::with_capacity(work.len());
+        let mut positions: Vec<u32> = vec![];
+        for &(seq, len, phase) in work {
+            let life = self.life(seq)?;
+            let refuse = |what: &str| Err(Error::Sequence { seq, what: what.to_string() });
+            if life.dropped {
+                return refuse("was dropped for want of memory: release it and start anew");
+            }
+            if life.in_step {
+                return refuse("is in a step that did not end: release it");
+            }
+            if spans.iter().any(|s| s.seq == seq) {
+                return refuse("is named twice in one step");
+            }
+            if len == 0 {
+                return refuse("has no new token in this step");
+            }
+            if phase == Phase::Decode && len != 1 {
+                return refuse("decodes one token a step: pass more as a prefill");
+            }
+            if life.seen + len > i32::MAX as usize {
+                return refuse("would exceed 2^31 tokens");
+            }
+            let start = life.seen as u32;
+            spans.push(Span { seq, start, len, phase });
+            positions.extend(start..start + len as u32);
+        }
+        let tokens = positions.len();
+        let positions = Tensor::from_vec(positions, tokens, self.backend.device())?;
+        spans.iter().for_each(|span| self.update(span.seq, |life| life.in_step = true));
+        Ok(Step { spans, positions })
+    }
+
+    /// One layer of a step: writes the new tokens, attends, then lets go of what the policy does not keep.
+    /// Returns `[tokens, q_heads, head_dim]` in the dtype of `new.q`. A sequence that was dropped in this step reads zeros.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for tensors that do not fit the step, [`Error::Config`] for a layer that does not exist.
+    pub fn attend(&mut self, layer: usize, step: &Step, new: &NewTokens) -> Result<Tensor> {
+        self.check(layer, step, new)?;
+        let (policy, backend, spans) = (&self.policy, &mut self.backend, step.spans());
+        let cx = LayerCx { layer, spec: &self.spec };
+        let protect = policy.protect(&cx);
+
+        let verdict = policy.on_write(&cx, new)?;
+        backend.append(layer, spans, new, &verdict, protect)?;
+        backend.observe(layer, spans, &new.q)?;
+        let y = backend.attend(layer, spans, &new.q, protect, self.taps[layer])?;
+
+        if spans.iter().any(|s| s.phase != Phase::Decode) {
+            backend.expire(layer, spans, protect)?; // decode reuses the dead entry's place instead
+        }
+        let due = self.due(&cx, spans);
+        if !due.is_empty() {
+            self.trim(layer, &due, protect)?;
+        }
+        Ok(y)
+    }
+
+    fn due(&self, cx: &LayerCx, spans: &[Span]) -> Vec<Span> {
+        let when = self.policy.when(cx);
+        let is_due = |span: &&Span| match span.phase {
+            Phase::Prefill { last } => last && when.prefill_end,
+            Phase::Decode => {
+                let decoded = self.sequences.get(&span.seq).map_or(0, |life| life.decoded) + 1;
+                when.every.is_some_and(|n| decoded.is_multiple_of(n.get()))
+            }
+        };
+        spans.iter().filter(is_due).copied().collect()
+    }
+
+    fn trim(&mut self, layer: usize, due: &[Span], protect: Protect) -> Result<()> {
+        let cx = LayerCx { layer, spec: &self.spec };
+        let budgets: Vec<_> = due.iter().map(|span| self.policy.budget(&cx, span.seen())).collect();
+        let score = self.policy.score(&cx, &*self.backend.held(layer, due)?)?;
+        self.backend.trim(layer, due, &score, &budgets, protect)
+    }
+
+    fn check(&self, layer: usize, step: &Step, new: &NewTokens) -> Result<()> {
+        let ModelSpec { layers, q_heads, kv_heads, head_dim, .. } = self.spec;
+        if layer >= layers {
+            return Err(Error::Config(format!("layer {layer} of a model with {layers} layers")));
+        }
+        let tokens = step.len();
+        let shape = |what, t: &Tensor, expected: &[usize]| match t.dims() == expected {
+            true => Ok(()),
+            false => Err(Error::Shape { what, expected: expected.to_vec(), got: t.dims().to_vec() }),
+        };
+        shape("q", &new.q, &[tokens, q_heads, head_dim])?;
+        shape("k", &new.k, &[tokens, kv_heads, head_dim])?;
+        shape("v", &new.v, &[tokens, kv_heads, head_dim])?;
+        new.evict_logits.iter().try_for_each(|z| shape("evict_logits", z, &[tokens, kv_heads]))
+    }
+
+    /// Ends a step. Returns the sequences that were dropped in it because the pool had no page left; every other
+    /// sequence is as if they had not been there. Release them.
+    pub fn end(&mut self, step: Step) -> Vec<(SeqId, Error)> {
+        let failures = self.backend.take_failures();
+        for span in step.spans() {
+            self.update(span.seq, |life| {
+                life.seen += span.len;
+                life.in_step = false;
+                life.decoded = if span.phase == Phase::Decode { life.decoded + 1 } else { 0 };
+            });
+        }
+        failures.iter().for_each(|(seq, _)| self.update(*seq, |life| life.dropped = true));
+        let alive = self.sequences.values().filter(|life| !life.dropped);
+        let seen = alive.map(|life| life.seen as u64).sum();
+        let sampled = step.spans().iter().any(|span| span.phase != Phase::Prefill { last: false });
+        let entries = (self.spec.layers * self.spec.kv_heads) as u64;
+        self.stats.record(&self.backend.usage(), seen, entries, sampled);
+        failures
+    }
+
+    fn update(&mut self, seq: SeqId, change: impl FnOnce(&mut Life)) {
+        if let Some(life) = self.sequences.get_mut(&seq) {
+            change(life);
+        }
+    }
+
+    /// Ends a sequence and gives its pages back. Does nothing for one that is unknown.
+    pub fn release(&mut self, seq: SeqId) {
+        self.sequences.remove(&seq);
+        self.backend.release(seq);
+    }
+
+    /// What the store holds now.
+    pub fn usage(&self) -> Usage {
+        self.backend.usage()
+    }
+
+    /// Figures over all steps so far.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// Positions one row holds, sorted. For inspection: may wait for the device.
+    pub fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32> {
+        if layer >= self.spec.layers || kv_head >= self.spec.kv_heads {
+            return vec![];
+        }
+        self.backend.held_positions(layer, seq, kv_head)
+    }
+}
+
+fn needs_of(policy: &dyn Policy, spec: &ModelSpec) -> Vec<Needs> {
+    (0..spec.layers).map(|layer| policy.needs(&LayerCx { layer, spec })).collect()
+}
