@@ -73,9 +73,9 @@ pub struct Protect {
 }
 
 impl Protect {
-    /// Whether an entry at `pos` is shielded as seen from a query at `now >= pos`.
+    /// Whether an entry at `pos` is shielded as seen from a query at `now`; one that comes later always is.
     pub fn covers(self, pos: u32, now: u32) -> bool {
-        pos < self.sinks || now - pos < self.recent
+        pos < self.sinks || pos > now || now - pos < self.recent
     }
 }
 

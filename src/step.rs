@@ -93,13 +93,4 @@ impl Step {
     pub fn tokens(&self, q: Tensor, k: Tensor, v: Tensor, evict_logits: Option<Tensor>) -> NewTokens {
         NewTokens { q, k, v, evict_logits, positions: self.positions.clone() }
     }
-
-    /// Each span with the index of its first token in the step.
-    pub(crate) fn offsets(&self) -> impl Iterator<Item = (usize, &Span)> {
-        self.spans.iter().scan(0, |at, s| {
-            let first = *at;
-            *at += s.len;
-            Some((first, s))
-        })
-    }
 }
