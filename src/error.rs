@@ -56,6 +56,9 @@ pub enum Error {
         /// The pool's limit in bytes.
         limit: u64,
     },
+    /// An error of a model under comparison.
+    #[error("{0}")]
+    Host(Box<dyn std::error::Error + Send + Sync>),
     /// An error of the tensor library.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

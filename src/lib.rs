@@ -50,6 +50,7 @@
 
 pub mod backend;
 mod cache;
+pub mod compare;
 pub mod compose;
 mod error;
 pub mod params;

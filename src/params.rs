@@ -108,15 +108,23 @@ impl Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Entries(n) => n.fmt(f),
-            Self::Share(share) => {
-                // The product may carry a rounding error that would not parse back: print the shortest that does.
-                let percent = share * 100.0;
-                let rounded = (percent * 1e9).round() / 1e9;
-                let printed = if rounded / 100.0 == *share { rounded } else { percent };
-                write!(f, "{printed}%")
-            }
+            Self::Share(share) => write!(f, "{}%", percent(*share)),
         }
     }
+}
+
+/// The shortest decimal of a share in (0, 1], its point shifted by two digits.
+fn percent(share: f64) -> String {
+    let text = share.to_string(); // never with an exponent
+    let Some((whole, digits)) = text.split_once('.') else { return format!("{text}00") };
+    let digits = format!("{digits:0<2}");
+    let (hundredths, rest) = digits.split_at(2);
+    let whole = format!("{whole}{hundredths}");
+    let whole = match whole.trim_start_matches('0') {
+        "" => "0",
+        whole => whole,
+    };
+    if rest.is_empty() { whole.to_string() } else { format!("{whole}.{rest}") }
 }
 
 impl Param for Amount {
@@ -124,7 +132,8 @@ impl Param for Amount {
     fn read(text: &str) -> Option<Self> {
         match text.strip_suffix('%') {
             Some(percent) => {
-                let share = percent.parse::<f64>().ok()? / 100.0;
+                // Shifting the point instead of dividing: every share has a text that reads back as itself.
+                let share = format!("{percent}e-2").parse::<f64>().ok()?;
                 (share > 0.0 && share <= 1.0).then_some(Self::Share(share))
             }
             None => text.parse().ok().filter(|&n| n > 0).map(Self::Entries),
@@ -392,4 +401,36 @@ macro_rules! policy_params {
     };
     (@default $type:ty) => { None::<$type> };
     (@default $type:ty, $default:expr) => { Some::<$type>($default) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_reads_back_as_itself() {
+        for (share, text) in [
+            (0.25, "25%"),
+            (1.0, "100%"),
+            (0.5, "50%"),
+            (0.05, "5%"),
+            (0.001, "0.1%"),
+            (0.075, "7.5%"),
+            (0.29, "29%"),
+            (0.00005, "0.005%"),
+        ] {
+            assert_eq!(Amount::Share(share).to_string(), text);
+            assert_eq!(Amount::read(text), Some(Amount::Share(share)));
+        }
+        let mut state = 1u64;
+        for _ in 0..200_000 {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let share = ((state >> 11) as f64 + 1.0) / (1u64 << 53) as f64;
+            let text = Amount::Share(share).to_string();
+            assert_eq!(Amount::read(&text), Some(Amount::Share(share)), "{text}");
+        }
+        for bad in ["0%", "101%", "%", "x%", "nan%", "inf%", "-5%"] {
+            assert_eq!(Amount::read(bad), None, "{bad}");
+        }
+    }
 }

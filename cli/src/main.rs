@@ -1,1 +1,5 @@
-fn main() {}
+//! The `kvpolicy` program.
+
+fn main() -> std::process::ExitCode {
+    kvpolicy_cli::run(kvpolicy::Registry::standard())
+}

@@ -65,7 +65,8 @@ impl Policy for RandomGate {
 /// matter, and a captured graph draws new numbers as its positions advance.
 fn uniform(seed: u64, cx: &LayerCx, positions: &Tensor) -> Result<Tensor> {
     let heads = cx.spec.kv_heads;
-    let mut state = seed ^ (cx.layer as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    // Mixed, so that a layer's stream is not its neighbour's, shifted.
+    let mut state = splitmix(&mut (seed ^ splitmix(&mut (cx.layer as u64))));
     let mut coefficients = || -> Result<Tensor> {
         let drawn: Vec<f64> = (0..heads).map(|_| (splitmix(&mut state) >> 11) as f64 / (1u64 << 53) as f64).collect();
         Ok(Tensor::from_vec(drawn, (1, heads), positions.device())?)

@@ -26,7 +26,7 @@ crate::policy_params! {
 
 impl Policy for Rkv {
     fn faults(&self) -> Vec<String> {
-        let even = (self.kernel % 2 == 0).then(|| format!("kernel={} is even: take an odd width", self.kernel));
+        let even = self.kernel.is_multiple_of(2).then(|| format!("kernel={} is even: take an odd width", self.kernel));
         even.into_iter().chain(self.budget.too_small_for("window", self.window as usize)).collect()
     }
 

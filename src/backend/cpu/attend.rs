@@ -159,7 +159,7 @@ impl<E: Element> Layer<'_, E> {
                 let top = if max[g] == f32::NEG_INFINITY { 0.0 } else { max[g] };
                 let scores = &scores[at + g * n..][..n];
                 weights.iter_mut().zip(scores).for_each(|(w, s)| *w = math::exp(s - top));
-                sum[g] += weights.iter().sum::<f32>();
+                sum[g] += math::sum(weights);
             }
             math::matmul_add(weights, E::widen(page.v, &mut buffer), &mut y, n, d);
             at += n * group;
@@ -242,7 +242,7 @@ impl<E: Element> Layer<'_, E> {
                     y[row * d..][..d].iter_mut().for_each(|y| *y *= fade);
                     max[row] = top;
                 }
-                sum[row] += scores.iter().sum::<f32>();
+                sum[row] += math::sum(scores);
             }
             keys.load_values(self, job.row, from);
             math::matmul_add(&scores, &keys.v, &mut y, n, d);

@@ -48,14 +48,42 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
             lanes[i] = fma(x[i], y[i], lanes[i]);
         }
     }
+    reduce(lanes, |a, b| a + b) + tail
+}
+
+pub(super) fn sum(x: &[f32]) -> f32 {
+    over_lanes(x, 0.0, |a, b| a + b)
+}
+
+/// The largest; minus infinity for none.
+pub(super) fn max(x: &[f32]) -> f32 {
+    over_lanes(x, f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+}
+
+/// A reduction in lanes: in order, each step would wait for the one before.
+#[inline(always)]
+fn over_lanes(x: &[f32], start: f32, f: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
+    let mut lanes = [start; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail = chunks.remainder().iter().fold(start, |a, &b| f(a, b));
+    for x in chunks {
+        for i in 0..LANES {
+            lanes[i] = f(lanes[i], x[i]);
+        }
+    }
+    f(reduce(lanes, f), tail)
+}
+
+#[inline(always)]
+fn reduce(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] += lanes[i + width];
+            lanes[i] = f(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
-    lanes[0] + tail
+    lanes[0]
 }
 
 /// `c += a b` for row-major `a` `[m, k]`, `b` `[k, n]` and `c` `[m, n]`.
@@ -66,8 +94,12 @@ pub(super) fn matmul_add(a: &[f32], b: &[f32], c: &mut [f32], k: usize, n: usize
     for (a, c) in (&mut a_blocks).zip(&mut c_blocks) {
         block::<ROWS>(a, b, c, k, n);
     }
-    for (a, c) in a_blocks.remainder().chunks_exact(k).zip(c_blocks.into_remainder().chunks_exact_mut(n)) {
-        block::<1>(a, b, c, k, n);
+    let (a, c) = (a_blocks.remainder(), c_blocks.into_remainder());
+    match a.len() / k.max(1) {
+        0 => {}
+        1 => block::<1>(a, b, c, k, n),
+        2 => block::<2>(a, b, c, k, n),
+        _ => block::<3>(a, b, c, k, n),
     }
 }
 
@@ -102,27 +134,25 @@ pub(super) fn exp(x: f32) -> f32 {
     // e^x = 2^n e^r with n = round(x / ln 2) and r in [-ln 2 / 2, ln 2 / 2], ln 2 in two parts.
     let clamped = x.max(-87.0);
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
-    let n = fma(clamped, std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let shifted = fma(clamped, std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
     let r = fma(n, -0.693_359_4, clamped);
     let r = fma(n, 2.121_944_4e-4, r);
     let mut p = 1.0 / 5040.0;
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = fma(p, r, c);
     }
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // The low bits of the shifted number are n: moved to the exponent they are 2^n.
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
     if x < -87.0 { 0.0 } else { p * scale }
-}
-
-pub(super) fn max(x: &[f32]) -> f32 {
-    x.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// Softmax in place; an empty slice stays empty.
 pub(super) fn softmax(x: &mut [f32]) {
     let top = max(x);
     x.iter_mut().for_each(|x| *x = exp(*x - top));
-    let sum: f32 = x.iter().sum();
-    x.iter_mut().for_each(|x| *x /= sum);
+    let total = sum(x);
+    x.iter_mut().for_each(|x| *x /= total);
 }
 
 #[cfg(test)]

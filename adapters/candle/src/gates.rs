@@ -1,0 +1,201 @@
+//! DMS decision gates: where the logits come from, and the published layouts.
+//!
+//! * NVIDIA, adapter: tensors `self_attn.dms_proj_alpha_norm.weight` `[hidden]` and `self_attn.dms_proj_alpha.weight`
+//!   `[kv_heads, hidden]` (and `.bias`), fields `dms_*` in `config.json`. The adapter reads the residual stream as it
+//!   enters the layer, before the layer's own norm.
+//! * NVIDIA, borrowed neuron (`dms_separate_alpha` false): the last component of the first query head of each group,
+//!   after the q norm and before RoPE, is the logit; it is set to zero before RoPE and again after it. A bit judges the
+//!   token before its own.
+//! * Shisa (`dms_metadata.json`): borrowed neuron, set to zero before RoPE only. A bit judges its own token.
+
+use crate::{
+    config::Config,
+    error::{Error, Result},
+    weights::{Linear, Weights},
+};
+use candle_core::{DType, Device, Tensor};
+use kvpolicy::{GateSpec, Lag, PerGate};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Gates of all layers of a model.
+#[derive(Debug, Clone)]
+pub struct Gates {
+    spec: GateSpec,
+    scale: f64,
+    offset: f64,
+    source: Source,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Adapter(Vec<Adapter>),
+    Borrowed {
+        /// 1, and 0 where a neuron was borrowed: `[q_heads, head_dim]`.
+        others: Tensor,
+        zero_after_rope: bool,
+    },
+}
+
+#[derive(Debug, Clone)]
+struct Adapter {
+    norm: Tensor, // [hidden]
+    eps: f32,
+    project: Linear, // hidden -> kv_heads
+}
+
+/// The description of gates, before their tensors are read.
+#[derive(Debug, Clone, PartialEq)]
+struct Layout {
+    spec: GateSpec,
+    scale: f64,
+    offset: f64,
+    adapter: bool,
+    zero_after_rope: bool,
+}
+
+impl Gates {
+    /// What a cache must know of them.
+    pub fn spec(&self) -> GateSpec {
+        self.spec
+    }
+
+    /// Reads gates from a folder or a safetensors file with its `config.json` beside it.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is no description of gates or a tensor is missing.
+    pub fn load(path: &Path, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
+        let (dir, mut weights) = if path.is_dir() {
+            (path, Weights::from_dir(path, dtype, device)?)
+        } else {
+            let beside = path.parent().unwrap_or(Path::new("."));
+            (beside, Weights::from_files(&[path.to_path_buf()], dtype, device)?)
+        };
+        let layout = Layout::of_dir(dir)?.ok_or_else(|| {
+            Error::file(path, "no description of gates beside it: config.json with dms_* fields, or dms_metadata.json")
+        })?;
+        layout.read(&mut weights, config)
+    }
+
+    /// The gates of a checkpoint folder, if it describes any.
+    pub(crate) fn of_checkpoint(dir: &Path, weights: &mut Weights, config: &Config) -> Result<Option<Self>> {
+        Layout::of_dir(dir)?.map(|layout| layout.read(weights, config)).transpose()
+    }
+
+    /// Decision logits of one layer's new tokens, f32 `[tokens, kv_heads]`, and the queries to go on with. `x`: residual
+    /// stream `[tokens, hidden]`; `q`: `[tokens, q_heads, head_dim]` after any q norm, before RoPE.
+    pub(crate) fn decide(&self, layer: usize, config: &Config, x: &Tensor, q: Tensor) -> Result<(Tensor, Tensor)> {
+        let (alpha, q) = match &self.source {
+            Source::Adapter(layers) => {
+                let Adapter { norm, eps, project } = &layers[layer];
+                (project.forward(&candle_nn::ops::rms_norm(x, norm, *eps)?)?, q)
+            }
+            Source::Borrowed { others, .. } => {
+                let (tokens, d) = (q.dim(0)?, config.head_dim);
+                let groups = q.reshape((tokens, config.kv_heads, config.q_heads / config.kv_heads, d))?;
+                let alpha = groups.narrow(2, 0, 1)?.narrow(3, d - 1, 1)?.reshape((tokens, config.kv_heads))?;
+                (alpha, q.broadcast_mul(others)?)
+            }
+        };
+        let logits = alpha.to_dtype(DType::F32)?.affine(self.scale, -self.offset)?;
+        // NVIDIA's word for "never": the same logit everywhere, far below any bias.
+        let logits = if self.spec.disable { logits.affine(0.0, -1000.0)? } else { logits };
+        Ok((logits, q))
+    }
+
+    /// The queries after RoPE, `[tokens, q_heads, head_dim]`.
+    pub(crate) fn after_rope(&self, q: Tensor) -> Result<Tensor> {
+        match &self.source {
+            Source::Borrowed { others, zero_after_rope: true } => Ok(q.broadcast_mul(others)?),
+            _ => Ok(q),
+        }
+    }
+}
+
+impl Layout {
+    fn of_dir(dir: &Path) -> Result<Option<Self>> {
+        let read = |path: &Path| -> Result<Option<Map<String, Value>>> {
+            let Ok(text) = std::fs::read_to_string(path) else { return Ok(None) };
+            serde_json::from_str(&text).map(Some).map_err(|e| Error::file(path, e))
+        };
+        if let Some(shisa) = read(&dir.join("dms_metadata.json"))? {
+            return Ok(Some(Self::shisa(&shisa)));
+        }
+        match read(&dir.join("config.json"))? {
+            Some(config) if config.keys().any(|key| key.starts_with("dms_")) => {
+                Self::nvidia(&config).map(Some).map_err(|what| Error::file(dir.join("config.json"), what))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn shisa(metadata: &Map<String, Value>) -> Self {
+        let inner = metadata.get("config").and_then(Value::as_object);
+        let number = |names: &[&str], default: f64| {
+            let found = names.iter().find_map(|name| metadata.get(*name).or_else(|| inner?.get(*name))?.as_f64());
+            found.unwrap_or(default)
+        };
+        Self {
+            spec: GateSpec {
+                window: number(&["window_size", "dms_window_size"], 256.0) as u32,
+                lag: Lag::Own,
+                per: PerGate::Head,
+                disable: false,
+            },
+            scale: number(&["alpha_scale", "dms_alpha_scale"], 100.0),
+            offset: number(&["alpha_offset", "dms_alpha_offset", "dms_initial_alpha_offset"], 5.0),
+            adapter: false,
+            zero_after_rope: false,
+        }
+    }
+
+    fn nvidia(config: &Map<String, Value>) -> std::result::Result<Self, String> {
+        let number = |name: &str, default: f64| config.get(name).and_then(Value::as_f64).unwrap_or(default);
+        let flag = |name: &str, default: bool| config.get(name).and_then(Value::as_bool).unwrap_or(default);
+        let per = match config.get("dms_alpha_per").and_then(Value::as_str).unwrap_or("head") {
+            "head" => PerGate::Head,
+            "layer" => PerGate::Layer,
+            other => return Err(format!("dms_alpha_per={other} is not supported: head or layer")),
+        };
+        let window = config.get("dms_window_size").and_then(Value::as_u64).and_then(|w| u32::try_from(w).ok());
+        Ok(Self {
+            spec: GateSpec {
+                window: window.ok_or("dms_window_size is missing or no whole number")?,
+                lag: Lag::Previous,
+                per,
+                disable: flag("dms_disable_eviction", false),
+            },
+            scale: number("dms_alpha_scale", 100.0),
+            offset: number("dms_initial_alpha_offset", 5.0),
+            adapter: flag("dms_separate_alpha", false),
+            zero_after_rope: true,
+        })
+    }
+
+    fn read(self, weights: &mut Weights, config: &Config) -> Result<Gates> {
+        let source = if self.adapter {
+            let layers = (0..config.layers).map(|layer| {
+                let name = format!("model.layers.{layer}.self_attn.dms_proj_alpha");
+                let bias = weights.has(&format!("{name}.bias"));
+                Ok(Adapter {
+                    norm: weights.tensor(&format!("{name}_norm.weight"), &[config.hidden])?,
+                    eps: config.rms_eps as f32,
+                    project: weights.linear(&name, config.hidden, config.kv_heads, bias)?,
+                })
+            });
+            Source::Adapter(layers.collect::<Result<_>>()?)
+        } else {
+            Source::Borrowed { others: others(weights, config)?, zero_after_rope: self.zero_after_rope }
+        };
+        Ok(Gates { spec: self.spec, scale: self.scale, offset: self.offset, source })
+    }
+}
+
+fn others(weights: &Weights, config: &Config) -> Result<Tensor> {
+    let (d, group) = (config.head_dim, config.q_heads / config.kv_heads);
+    let mut ones = vec![1f32; config.q_heads * d];
+    for head in (0..config.q_heads).step_by(group) {
+        ones[head * d + d - 1] = 0.0;
+    }
+    Ok(Tensor::from_vec(ones, (config.q_heads, d), weights.device())?.to_dtype(weights.dtype())?)
+}

@@ -1,0 +1,291 @@
+//! Models by their id on the Hugging Face hub.
+
+use std::collections::BTreeSet;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::path::{Component, Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+
+use crate::error::{Error, Result};
+
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const OPTIONAL: [&str; 4] =
+    ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "dms_metadata.json"];
+
+/// How long the hub may take to answer at all before it counts as out of reach.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// Fetches a model and says where it is now.
+///
+/// | id | fetched | returned |
+/// |----|---------|----------|
+/// | `org/name`, `org/name@revision` | config, tokenizer, chat template, safetensors weights | the folder |
+/// | `org/name/file.gguf`, `org/name/file.gguf@revision` | that file | the file |
+///
+/// A file that is in the hub's local cache already (`$HF_HOME/hub`, else `~/.cache/huggingface/hub`) is not fetched
+/// again, and a model that is there in full needs no network. `HF_TOKEN` (or the token that the hub's command line
+/// stored) opens private models, `HF_ENDPOINT` names another hub, `HF_HUB_OFFLINE=1` keeps away from the network.
+/// Nothing is printed; large files take their time.
+///
+/// # Errors
+///
+/// [`Error::Hub`] with the id and what to do: the id is malformed, the hub is out of reach (known within seconds),
+/// it has no such model or wants a token, or the model has no safetensors weights.
+pub(crate) fn fetch(id: &str) -> Result<PathBuf> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    // hf-hub panics where there is neither.
+    if variable("HF_HOME").is_none() && std::env::home_dir().is_none() {
+        return Err(Error::Hub(format!("{id}: no home folder to keep models in; set HF_HOME to a folder")));
+    }
+    let offline =
+        variable("HF_HUB_OFFLINE").is_some_and(|value| !["0", "false", "off", "no"].contains(&value.as_str()));
+    let cache = Cache::from_env();
+    let token = variable("HF_TOKEN").or_else(|| cache.token());
+    let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
+    Hub { cache, endpoint: endpoint.trim_end_matches('/').to_owned(), token, offline }.fetch(id)
+}
+
+struct Hub {
+    cache: Cache,
+    endpoint: String,
+    token: Option<String>,
+    offline: bool,
+}
+
+impl Hub {
+    fn fetch(&self, id: &str) -> Result<PathBuf> {
+        let parsed = Id::parse(id)?;
+        let repo = Repo::with_revision(parsed.repo.to_owned(), RepoType::Model, parsed.revision.to_owned());
+        let mut model = Model { id, hub: self, repo, remote: None };
+        match parsed.file {
+            Some(file) => model.need(file),
+            None => model.snapshot(),
+        }
+    }
+}
+
+/// An id in its parts.
+#[derive(Debug, PartialEq, Eq)]
+struct Id<'a> {
+    repo: &'a str,
+    revision: &'a str,
+    file: Option<&'a str>,
+}
+
+impl<'a> Id<'a> {
+    fn parse(id: &'a str) -> Result<Self> {
+        let malformed =
+            || Error::Hub(format!("\"{id}\" is no model id; give org/name, org/name@revision or org/name/file.gguf"));
+        let (path, revision) = id.split_once('@').unwrap_or((id, "main"));
+        let at = path.match_indices('/').nth(1).map(|(at, _)| at);
+        let (repo, file) = match at {
+            Some(at) => (&path[..at], Some(&path[at + 1..])),
+            None => (path, None),
+        };
+        let plain = |part: &str| {
+            let odd = |c: char| !c.is_ascii_alphanumeric() && !"-_./".contains(c);
+            !part.is_empty() && !part.contains(odd) && part.split('/').all(|one| !["", ".", ".."].contains(&one))
+        };
+        let gguf = file.is_none_or(|file| plain(file) && file.to_ascii_lowercase().ends_with(".gguf"));
+        if !repo.contains('/') || !plain(repo) || !plain(revision) || !gguf {
+            return Err(malformed());
+        }
+        Ok(Self { repo, revision, file })
+    }
+}
+
+/// One model on the hub.
+struct Model<'a> {
+    id: &'a str,
+    hub: &'a Hub,
+    repo: Repo,
+    /// The connection, or why there is none; made when the first file is not in the cache.
+    remote: Option<std::result::Result<ApiRepo, String>>,
+}
+
+/// Why a file was not got.
+enum Miss {
+    /// The model has no such file.
+    Absent,
+    /// No network; why.
+    Unreachable(String),
+    Failed(String),
+}
+
+impl Model<'_> {
+    fn cached(&self) -> CacheRepo {
+        self.hub.cache.repo(self.repo.clone())
+    }
+
+    fn get(&mut self, file: &str) -> std::result::Result<PathBuf, Miss> {
+        if let Some(path) = self.cached().get(file) {
+            return Ok(path);
+        }
+        let (hub, repo) = (self.hub, &self.repo);
+        let remote = self.remote.get_or_insert_with(|| {
+            hub.reachable()?;
+            let api = ApiBuilder::from_cache(hub.cache.clone())
+                .with_endpoint(hub.endpoint.clone())
+                .with_token(hub.token.clone())
+                .with_progress(false)
+                .build()
+                .map_err(|e| e.to_string())?;
+            Ok(api.repo(repo.clone()))
+        });
+        match remote {
+            Ok(remote) => remote.download(file).map_err(|error| self.miss(error)),
+            Err(why) => Err(Miss::Unreachable(why.clone())),
+        }
+    }
+
+    /// What an error of the hub means.
+    fn miss(&self, error: ApiError) -> Miss {
+        let text = error.to_string();
+        let ApiError::RequestError(request) = error else { return Miss::Failed(text) };
+        let Some(response) = request.into_response() else { return Miss::Unreachable(text) };
+        match (response.status(), response.header("x-error-code").unwrap_or_default()) {
+            (404, "RevisionNotFound") => Miss::Failed(format!("there is no revision {}", self.repo.revision())),
+            (404, "" | "EntryNotFound") => Miss::Absent,
+            (401 | 403, "GatedRepo") => Miss::Failed(
+                "the model is gated; ask for access on its page and set HF_TOKEN to a token of that account".to_owned(),
+            ),
+            (401 | 403 | 404, _) => Miss::Failed(
+                "there is no such model, or it is private; check the id, or set HF_TOKEN to a token that may read it"
+                    .to_owned(),
+            ),
+            _ => Miss::Failed(text),
+        }
+    }
+
+    fn error(&self, miss: Miss, file: &str) -> Error {
+        let what = match miss {
+            Miss::Absent => format!("the model has no {file}"),
+            Miss::Failed(why) => format!("{file}: {why}"),
+            Miss::Unreachable(why) => format!(
+                "{file} is not in the local cache and the hub cannot be reached ({why}); \
+                 give a local model folder or a GGUF file instead"
+            ),
+        };
+        Error::Hub(format!("{}: {what}", self.id))
+    }
+
+    fn need(&mut self, file: &str) -> Result<PathBuf> {
+        self.get(file).map_err(|miss| self.error(miss, file))
+    }
+
+    /// Fetches all files of a model in safetensors.
+    fn snapshot(&mut self) -> Result<PathBuf> {
+        // A branch can move between two files; then all of them are looked up again at its new commit.
+        for _ in 0..2 {
+            let files = self.files()?;
+            let folders: BTreeSet<&Path> = files.iter().filter_map(|file| file.parent()).collect();
+            if let (Some(folder), 1) = (folders.first(), folders.len()) {
+                return Ok(folder.to_path_buf());
+            }
+        }
+        Err(Error::Hub(format!("{}: the model changed while it was fetched; try again or name a revision", self.id)))
+    }
+
+    fn files(&mut self) -> Result<Vec<PathBuf>> {
+        let mut files = vec![self.need("config.json")?, self.need("tokenizer.json")?];
+        let index = match self.cached().get(INDEX) {
+            Some(index) => Some(index),
+            None => match self.get(WEIGHTS) {
+                Ok(weights) => {
+                    files.push(weights);
+                    None
+                }
+                Err(Miss::Absent) => Some(self.get(INDEX).map_err(|miss| match miss {
+                    Miss::Absent => Error::Hub(format!(
+                        "{}: the model has neither {WEIGHTS} nor {INDEX}; name one in safetensors, or a GGUF file as \
+                         org/name/file.gguf",
+                        self.id
+                    )),
+                    miss => self.error(miss, INDEX),
+                })?),
+                Err(miss) => return Err(self.error(miss, WEIGHTS)),
+            },
+        };
+        if let Some(index) = index {
+            for shard in shards(&index)? {
+                files.push(self.need(&shard)?);
+            }
+            files.push(index);
+        }
+        for file in OPTIONAL {
+            match self.get(file) {
+                Ok(path) => files.push(path),
+                // What must be there is there by now, so a model in the cache works without network.
+                Err(Miss::Absent | Miss::Unreachable(_)) => {}
+                Err(miss) => return Err(self.error(miss, file)),
+            }
+        }
+        Ok(files)
+    }
+}
+
+/// The weight files that an index names.
+fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    let file = |what: String| Error::File { path: index.to_path_buf(), what };
+    let text = std::fs::read_to_string(index).map_err(|e| file(e.to_string()))?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| file(format!("not JSON: {e}")))?;
+    let map = json["weight_map"].as_object().ok_or_else(|| file("it has no weight_map".to_owned()))?;
+    map.values()
+        .map(|shard| {
+            let name = shard.as_str().unwrap_or_default();
+            // A name with folders in it could lead out of the cache.
+            let mut parts = Path::new(name).components();
+            match (parts.next(), parts.next()) {
+                (Some(Component::Normal(_)), None) => Ok(name.to_owned()),
+                _ => Err(file(format!("its weight_map names {shard}, which is no file name"))),
+            }
+        })
+        .collect()
+}
+
+impl Hub {
+    /// Whether anything answers at the hub's address: the library's own wait for a dead network is half a minute.
+    fn reachable(&self) -> std::result::Result<(), String> {
+        if self.offline {
+            return Err("HF_HUB_OFFLINE is set".to_owned());
+        }
+        let proxy = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
+        if proxy.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
+            return Ok(()); // the proxy resolves and connects, not we
+        }
+        let (scheme, rest) = self.endpoint.split_once("://").unwrap_or(("https", &self.endpoint));
+        let host = rest.split('/').next().unwrap_or(rest).to_owned();
+        let port_given = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        let address = match (port_given, scheme) {
+            (true, _) => host,
+            (false, "http") => format!("{host}:80"),
+            (false, _) => format!("{host}:443"),
+        };
+        let (sender, answer) = mpsc::channel();
+        let asked = address.clone();
+        // Name look-ups have no time limit of their own; the thread ends when the system gives up.
+        thread::spawn(move || {
+            let connect = || {
+                let mut last = None;
+                for one in asked.to_socket_addrs()? {
+                    match TcpStream::connect_timeout(&one, PATIENCE / 2) {
+                        Ok(_) => return Ok(()),
+                        Err(error) => last = Some(error),
+                    }
+                }
+                Err(last.unwrap_or_else(|| std::io::Error::other("the name has no address")))
+            };
+            sender.send(connect()).ok();
+        });
+        match answer.recv_timeout(PATIENCE) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(format!("{address}: {error}")),
+            Err(_) => Err(format!("{address}: no answer in {} s", PATIENCE.as_secs())),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! From a path or a hub id to a model with its tokenizer and chat template.
+
+use crate::{
+    chat::{ChatTemplate, Message},
+    config::Config,
+    error::{Error, Result},
+    gates::Gates,
+    model::Model,
+    session::Session,
+    tokenizer::Tokenizer,
+    weights::{GgufFile, Weights, safetensors_files},
+};
+use candle_core::{DType, Device};
+use kvpolicy::{CpuConfig, GateSource, KvCache, Policy};
+use sha2::{Digest, Sha256};
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+/// How a model is loaded.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Type of weights and activations of a safetensors model. GGUF weights stay quantized, with f32 activations.
+    pub dtype: DType,
+    /// Where it runs.
+    pub device: Device,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { dtype: DType::F32, device: Device::Cpu }
+    }
+}
+
+/// A language model: weights, tokenizer, chat template, and the gates it was trained with.
+#[derive(Debug)]
+pub struct Lm {
+    name: String,
+    model: Model,
+    gates: Option<Arc<Gates>>,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    files: Vec<PathBuf>,
+    dtype: DType,
+    device: Device,
+    sha256: OnceLock<String>,
+}
+
+impl Lm {
+    /// Loads a folder of Hugging Face safetensors, a GGUF file, or (with the feature `hub`) a model of the hub: `org/name`,
+    /// `org/name@revision`, `org/name/file.gguf`.
+    ///
+    /// # Errors
+    /// Whatever keeps the model from being used, naming the file, the field or the tensor.
+    pub fn load(source: &str, options: &LoadOptions) -> Result<Self> {
+        let path = locate(source)?;
+        let name = path.file_name().map_or(source.to_string(), |name| name.to_string_lossy().into_owned());
+        let name = if Path::new(source).exists() { name } else { source.to_string() };
+        if path.is_dir() { Self::from_dir(name, &path, options) } else { Self::from_gguf(name, &path, options) }
+    }
+
+    fn from_dir(name: String, dir: &Path, options: &LoadOptions) -> Result<Self> {
+        let (model, gates) = Model::from_dir(dir, options)?;
+        let tokenizer = Tokenizer::from_file(&dir.join("tokenizer.json"))?.with_eos(model.config().eos.clone());
+        let template = ChatTemplate::from_hf_dir(dir)?;
+        Ok(Self::new(name, model, gates, tokenizer, template, safetensors_files(dir)?, options))
+    }
+
+    fn from_gguf(name: String, path: &Path, options: &LoadOptions) -> Result<Self> {
+        let mut weights = GgufFile::open(path, &options.device)?;
+        let tokenizer = Tokenizer::from_gguf(weights.metadata())?;
+        let template = ChatTemplate::from_gguf(weights.metadata())?;
+        let config = gguf_config(&mut weights)?;
+        let model = Model::load(config, &mut Weights::Gguf(weights), &options.device)?;
+        Ok(Self::new(name, model, None, tokenizer, template, vec![path.to_path_buf()], options))
+    }
+
+    fn new(
+        name: String,
+        model: Model,
+        gates: Option<Gates>,
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+        files: Vec<PathBuf>,
+        options: &LoadOptions,
+    ) -> Self {
+        let (gates, sha256) = (gates.map(Arc::new), OnceLock::new());
+        let device = options.device.clone();
+        Self { name, model, gates, tokenizer, template, files, dtype: options.dtype, device, sha256 }
+    }
+
+    /// Its folder or file name, or the hub id.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The definition and its weights.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The gates the checkpoint was trained with.
+    pub fn gates(&self) -> Option<&Arc<Gates>> {
+        self.gates.as_ref()
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Type of activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// A user's message as the model's chat template has it, the answer about to begin. A model without a template gets
+    /// the text as it is.
+    ///
+    /// # Errors
+    /// [`Error::Template`] if the template refuses.
+    pub fn chat(&self, user: &str) -> Result<String> {
+        match &self.template {
+            Some(template) => template.render(&[Message { role: "user".into(), content: user.into() }], true),
+            None => Ok(user.to_string()),
+        }
+    }
+
+    /// SHA-256 of the weight files, in order of their names; hexadecimal. Read once.
+    ///
+    /// # Errors
+    /// [`Error::File`] if one cannot be read.
+    pub fn sha256(&self) -> Result<String> {
+        if let Some(known) = self.sha256.get() {
+            return Ok(known.clone());
+        }
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0u8; 1 << 20];
+        for path in &self.files {
+            let mut file = std::fs::File::open(path).map_err(|e| Error::file(path, e))?;
+            loop {
+                match file.read(&mut buffer).map_err(|e| Error::file(path, e))? {
+                    0 => break,
+                    n => hash.update(&buffer[..n]),
+                }
+            }
+        }
+        let text: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(self.sha256.get_or_init(|| text).clone())
+    }
+
+    /// The gates a policy asks for: a file's, else the checkpoint's own.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the file cannot be used with this model.
+    pub fn gates_for(&self, policy: &dyn Policy) -> Result<Option<Arc<Gates>>> {
+        match KvCache::gate_source(policy, &self.model.config().spec())? {
+            Some(GateSource::File(path)) => {
+                let gates = Gates::load(&path, self.model.config(), self.dtype, &self.device)?;
+                Ok(Some(Arc::new(gates)))
+            }
+            Some(GateSource::Checkpoint) | None => Ok(self.gates.clone()),
+        }
+    }
+
+    /// One sequence under a policy.
+    ///
+    /// # Errors
+    /// Every reason why the policy cannot run on this model.
+    pub fn session(&self, policy: Arc<dyn Policy>, store: &CpuConfig) -> Result<Session<'_>> {
+        Session::new(&self.model, self.gates_for(&*policy)?, policy, store)
+    }
+}
+
+impl Model {
+    /// A model folder of Hugging Face safetensors, and the gates it was trained with.
+    ///
+    /// # Errors
+    /// Whatever keeps the model from being used, naming the file, the field or the tensor.
+    pub fn from_dir(dir: &Path, options: &LoadOptions) -> Result<(Self, Option<Gates>)> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
+        let config = Config::from_json(&text)?;
+        let mut weights = Weights::from_dir(dir, options.dtype, &options.device)?;
+        let gates = Gates::of_checkpoint(dir, &mut weights, &config)?;
+        Ok((Self::load(config, &mut weights, &options.device)?, gates))
+    }
+
+    /// A GGUF file; its weights stay quantized.
+    ///
+    /// # Errors
+    /// As [`Model::from_dir`].
+    pub fn from_gguf(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let mut weights = GgufFile::open(path, &options.device)?;
+        let config = gguf_config(&mut weights)?;
+        Self::load(config, &mut Weights::Gguf(weights), &options.device)
+    }
+}
+
+fn gguf_config(weights: &mut GgufFile) -> Result<Config> {
+    // Llama 3 files carry the divisors of their RoPE frequencies as a tensor.
+    let factors = if weights.has("rope_freqs.weight") { Some(weights.dense("rope_freqs.weight")?) } else { None };
+    let factors = factors.map(|factors| factors.flatten_all()?.to_vec1()).transpose()?;
+    Config::from_gguf(weights.metadata(), !weights.has("output.weight"), factors)
+}
+
+fn locate(source: &str) -> Result<PathBuf> {
+    let path = Path::new(source);
+    if path.exists() {
+        return Ok(path.to_path_buf());
+    }
+    if source.trim().is_empty() {
+        return Err(Error::Model("no model named: give a folder, a GGUF file or a hub id".into()));
+    }
+    #[cfg(feature = "hub")]
+    if is_hub_id(source) {
+        return crate::hub::fetch(source);
+    }
+    Err(Error::file(path, "no such file or folder"))
+}
+
+/// `org/name` or `org/name/file.gguf`, and nothing that looks like a path.
+#[cfg(feature = "hub")]
+fn is_hub_id(source: &str) -> bool {
+    let parts: Vec<&str> = source.split('/').collect();
+    let named = parts.iter().all(|part| !part.is_empty() && !part.starts_with('.'));
+    named && (parts.len() == 2 && !source.ends_with(".gguf") || parts.len() == 3 && source.ends_with(".gguf"))
+}

@@ -1,0 +1,72 @@
+//! A model as [`kvpolicy::compare`] sees it.
+
+use crate::{loader::Lm, session::Session};
+use candle_core::Tensor;
+use kvpolicy::{
+    CpuConfig, ModelSpec, Policy, Stats,
+    compare::{HostError, Sequence, Subject},
+};
+use std::sync::Arc;
+
+type Result<T> = std::result::Result<T, HostError>;
+
+/// A model with the store its caches use.
+#[derive(Debug)]
+pub struct Hosted {
+    /// The model.
+    pub lm: Lm,
+    /// Layout of the store.
+    pub store: CpuConfig,
+    /// Whether contexts may exceed what the model was made for.
+    pub allow_long: bool,
+}
+
+impl Subject for Hosted {
+    fn spec(&self) -> ModelSpec {
+        let mut spec = self.lm.model().config().spec();
+        spec.gates = self.lm.gates().map(|gates| gates.spec());
+        spec
+    }
+
+    fn max_context(&self) -> usize {
+        self.lm.model().config().max_context
+    }
+
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.lm.tokenizer().encode(text)?)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> Result<String> {
+        Ok(self.lm.tokenizer().decode(tokens)?)
+    }
+
+    fn is_end(&self, token: u32) -> bool {
+        self.lm.tokenizer().is_eos(token)
+    }
+
+    fn chat(&self, user: &str) -> Result<String> {
+        Ok(self.lm.chat(user)?)
+    }
+
+    fn open(&self, policy: &Arc<dyn Policy>) -> Result<Box<dyn Sequence + '_>> {
+        Ok(Box::new(self.lm.session(policy.clone(), &self.store)?.allow_long(self.allow_long)))
+    }
+}
+
+fn numbers(logits: Tensor) -> Result<Vec<f32>> {
+    Ok(logits.to_vec1()?)
+}
+
+impl Sequence for Session<'_> {
+    fn prefill(&mut self, tokens: &[u32], last: bool) -> Result<Vec<f32>> {
+        numbers(Session::prefill(self, tokens, last)?)
+    }
+
+    fn decode(&mut self, token: u32) -> Result<Vec<f32>> {
+        numbers(Session::decode(self, token)?)
+    }
+
+    fn stats(&self) -> Stats {
+        Session::stats(self)
+    }
+}

@@ -1,0 +1,601 @@
+//! Text to token ids and back, from a `tokenizer.json` or from the vocabulary that a GGUF file carries.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::Value;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::{self, NFC, Prepend, Replace};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+
+use crate::error::{Error, Result};
+
+/// SentencePiece's stand-in for a space.
+const SPACE: &str = "▁";
+
+/// Special tokens that end a turn or a text whatever the file names as its eos: chat models stop at either.
+const END_TEXTS: [&str; 8] = [
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+];
+
+/// How qwen2 cuts a text into words; llama3 differs only in the digits of a run.
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// `tokenizer.ggml.token_type`.
+mod token_type {
+    pub(super) const NORMAL: i64 = 1;
+    pub(super) const UNKNOWN: i64 = 2;
+    pub(super) const CONTROL: i64 = 3;
+    pub(super) const USER_DEFINED: i64 = 4;
+    pub(super) const UNUSED: i64 = 5;
+}
+
+/// A model's tokenizer: text to ids, ids to text, and the ids that end a text.
+///
+/// ```no_run
+/// # fn main() -> kvpolicy_candle::Result<()> {
+/// use kvpolicy_candle::{TextStream, Tokenizer};
+///
+/// let tokenizer = Tokenizer::from_file("model/tokenizer.json".as_ref())?.with_eos(vec![2]);
+/// let mut text = TextStream::new(&tokenizer);
+/// for id in tokenizer.encode("<|im_start|>user\nHello<|im_end|>\n")? {
+///     if let Some(piece) = text.push(id)? {
+///         print!("{piece}");
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    spelling: Spelling,
+    /// What each id adds to a text, by id.
+    kinds: Vec<Kind>,
+    /// Ids that `encode` puts first: the model's bos, if it wants one.
+    prefix: Vec<u32>,
+    eos: Vec<u32>,
+}
+
+/// How the vocabulary spells text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spelling {
+    /// A printable character per byte (GPT-2's table).
+    Bytes,
+    /// SentencePiece: `▁` for a space, `<0xAB>` for a byte; `strip` drops the space put before the text.
+    Spaces { strip: bool },
+    /// Whole words, a space between two.
+    Words,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// No text: a special token, or no token at all (models pad their vocabulary).
+    Silent,
+    /// The token as it is written.
+    Literal,
+    /// The token in the vocabulary's [`Spelling`].
+    Piece,
+}
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`.
+    ///
+    /// Its post-processor decides whether [`encode`](Self::encode) puts a bos first. Truncation and padding that
+    /// the file asks for are switched off: a prompt keeps all its tokens. [`eos`](Self::eos) has the special tokens
+    /// with a well-known name (`<|im_end|>`, `<|eot_id|>`, `</s>`, ...); [`with_eos`](Self::with_eos) adds the
+    /// model's own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] when the file cannot be read, is no tokenizer, or has a decoder other than byte-level,
+    /// SentencePiece-style or none.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let file = |what: String| Error::File { path: path.to_path_buf(), what };
+        let bytes = std::fs::read(path).map_err(|e| file(e.to_string()))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| file(format!("not a tokenizer: {e}")))?;
+        inner.with_truncation(None).map_err(|e| file(e.to_string()))?;
+        inner.with_padding(None);
+
+        let decoder = serde_json::to_value(inner.get_decoder()).map_err(|e| file(e.to_string()))?;
+        let spelling = spelling_of(&decoder)
+            .ok_or_else(|| file(format!("its decoder is not supported: {decoder}; use a Llama or Qwen tokenizer")))?;
+
+        // The post-processor marks what it added; only what stands first belongs to a prompt.
+        let sample = inner.encode_fast("a", true).map_err(|e| file(e.to_string()))?;
+        let added = sample.get_special_tokens_mask().iter().take_while(|&&m| m == 1).count();
+        let prefix = sample.get_ids()[..added].to_vec();
+        Ok(Self::new(inner, spelling, prefix, &[], &[]))
+    }
+
+    /// Builds the tokenizer that a GGUF file carries in its metadata (`tokenizer.ggml.*`).
+    ///
+    /// - `tokenizer.ggml.model` = `gpt2`: byte-level BPE. `tokenizer.ggml.pre` names how text is cut into words; a
+    ///   name that is not known is refused, since other words give other ids. For `qwen2` text is first brought to
+    ///   Unicode NFC, as Qwen's own tokenizer does.
+    /// - `llama`: SentencePiece BPE with byte fallback. The pieces' scores are turned into merges; where two pieces
+    ///   have the same score, the one with the lower id merges first and SentencePiece takes the leftmost.
+    /// - Control tokens are recognised in text and silent in output; user-defined tokens are recognised and written.
+    /// - A bos is put first when `tokenizer.ggml.add_bos_token` says so or, where the key is missing, when the
+    ///   family does (llama3, tekken and SentencePiece). An eos is never appended, since a prompt goes on.
+    /// - [`eos`](Self::eos) has the file's eos, eot and eom ids and control tokens with a well-known name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tokenizer`] when a key is missing or malformed, or names a model or a `pre` that is not supported.
+    pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
+        let gguf = Gguf(metadata);
+        let tokens = gguf.strings("tokens")?;
+        let types = gguf.types(tokens.len())?;
+        match gguf.string("model")? {
+            "gpt2" => gguf.byte_level(&tokens, &types),
+            "llama" => gguf.sentencepiece(&tokens, &types),
+            other => Err(Error::Tokenizer(format!(
+                "tokenizer.ggml.model is \"{other}\"; gpt2 (byte-level BPE) and llama (SentencePiece) are supported; \
+                 load the model from a folder with a tokenizer.json instead"
+            ))),
+        }
+    }
+
+    fn new(inner: tokenizers::Tokenizer, spelling: Spelling, prefix: Vec<u32>, eos: &[u32], unused: &[u32]) -> Self {
+        let vocab = inner.get_vocab(true);
+        let size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        let mut kinds = vec![Kind::Silent; size];
+        for &id in vocab.values() {
+            kinds[id as usize] = Kind::Piece;
+        }
+        let mut end = eos.to_vec();
+        for (id, token) in inner.get_added_tokens_decoder() {
+            kinds[id as usize] = if token.special { Kind::Silent } else { Kind::Literal };
+            if token.special && END_TEXTS.contains(&token.content.as_str()) {
+                end.push(id);
+            }
+        }
+        for &id in unused {
+            kinds[id as usize] = Kind::Silent;
+        }
+        Self { inner, spelling, kinds, prefix, eos: Vec::new() }.with_eos(end)
+    }
+
+    /// Adds ids that end a text: those of the model's config, which often names only one of several.
+    #[must_use]
+    pub fn with_eos(mut self, ids: Vec<u32>) -> Self {
+        self.eos.extend(ids);
+        self.eos.sort_unstable();
+        self.eos.dedup();
+        self
+    }
+
+    /// The ids of `text`. Special tokens written in it (`<|im_start|>`) become their one id.
+    ///
+    /// A model that wants a bos gets it first, unless the text starts with it, as a rendered chat template does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tokenizer`] when the vocabulary has no way to spell the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let ids = encoding.get_ids();
+        if ids.starts_with(&self.prefix) { Ok(ids.to_vec()) } else { Ok([&self.prefix, ids].concat()) }
+    }
+
+    /// The text of `ids`: special tokens and ids without a token give none, bytes that are not UTF-8 give `U+FFFD`.
+    ///
+    /// # Errors
+    ///
+    /// None today; the type leaves room for vocabularies that cannot always be written.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        let mut stream = TextStream::new(self);
+        let mut text = String::new();
+        for &id in ids {
+            text.extend(stream.push(id)?);
+        }
+        text.extend(stream.finish()?);
+        Ok(text)
+    }
+
+    /// Whether `id` ends a text.
+    pub fn is_eos(&self, id: u32) -> bool {
+        self.eos.contains(&id)
+    }
+
+    /// The ids that end a text.
+    pub fn eos(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// The largest id that has a token, plus one. A model may have more logits than that.
+    pub fn vocab_size(&self) -> usize {
+        self.kinds.len()
+    }
+
+    /// The token as the vocabulary spells it (`Ġthe` or `▁the` for " the"), `None` where the id has none.
+    pub fn token_text(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of a token as the vocabulary spells it, `None` where there is no such token.
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text)
+    }
+
+    /// Appends the bytes that `id` stands for, `first` of all that have a text; false where it has none.
+    fn spell(&self, id: u32, first: bool, out: &mut Vec<u8>) -> bool {
+        let kind = self.kinds.get(id as usize).copied().unwrap_or(Kind::Silent);
+        let Some(token) = (kind != Kind::Silent).then(|| self.inner.id_to_token(id)).flatten() else { return false };
+        let start = out.len();
+        match (self.spelling, kind) {
+            (Spelling::Words, _) if !first => out.extend(format!(" {token}").into_bytes()),
+            (_, Kind::Literal) | (Spelling::Words, _) => out.extend(token.into_bytes()),
+            (Spelling::Bytes, _) => match token.chars().map(gpt2_byte).collect::<Option<Vec<u8>>>() {
+                Some(bytes) => out.extend(bytes),
+                None => out.extend(token.into_bytes()),
+            },
+            (Spelling::Spaces { .. }, _) => match fallback_byte(&token) {
+                Some(byte) => out.push(byte),
+                None => out.extend(token.replace(SPACE, " ").into_bytes()),
+            },
+        }
+        if first && self.spelling == (Spelling::Spaces { strip: true }) && out.get(start) == Some(&b' ') {
+            out.remove(start);
+        }
+        true
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("spelling", &self.spelling)
+            .field("prefix", &self.prefix)
+            .field("eos", &self.eos)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Text from ids that come one at a time, in whole characters.
+///
+/// The pieces put together are what [`Tokenizer::decode`] gives for all the ids. Begin a stream at the first
+/// generated token: SentencePiece vocabularies drop the space before the first word of a stream.
+#[derive(Debug, Clone)]
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// At most the three first bytes of a character, between two calls.
+    pending: Vec<u8>,
+    started: bool,
+}
+
+impl<'a> TextStream<'a> {
+    /// A stream that begins with the next id.
+    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+        Self { tokenizer, pending: Vec::new(), started: false }
+    }
+
+    /// Takes the next id. `None` where it completes no character.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        self.started |= self.tokenizer.spell(id, !self.started, &mut self.pending);
+        let mut text = String::new();
+        loop {
+            match std::str::from_utf8(&self.pending) {
+                Ok(rest) => {
+                    text.push_str(rest);
+                    self.pending.clear();
+                    break;
+                }
+                Err(e) => {
+                    let good = e.valid_up_to();
+                    text.push_str(&String::from_utf8_lossy(&self.pending[..good]));
+                    self.pending.drain(..good + e.error_len().unwrap_or(0));
+                    if e.error_len().is_none() {
+                        break;
+                    }
+                    text.push(char::REPLACEMENT_CHARACTER);
+                }
+            }
+        }
+        Ok((!text.is_empty()).then_some(text))
+    }
+
+    /// Ends the text: the start of a character that never got its end becomes one `U+FFFD`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::decode`].
+    pub fn finish(self) -> Result<Option<String>> {
+        Ok((!self.pending.is_empty()).then(|| String::from_utf8_lossy(&self.pending).into_owned()))
+    }
+}
+
+/// The `tokenizer.ggml.*` part of a GGUF's metadata.
+struct Gguf<'a>(&'a HashMap<String, Value>);
+
+impl<'a> Gguf<'a> {
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(&format!("tokenizer.ggml.{key}"))
+    }
+
+    fn string(&self, key: &str) -> Result<&'a str> {
+        match self.get(key) {
+            Some(Value::String(text)) => Ok(text),
+            other => Err(malformed(key, "a string", other.is_some())),
+        }
+    }
+
+    fn strings(&self, key: &str) -> Result<Vec<&'a str>> {
+        self.list(key, "a list of strings", |value| match value {
+            Value::String(text) => Some(text.as_str()),
+            _ => None,
+        })
+    }
+
+    fn list<T>(&self, key: &str, wanted: &str, item: impl Fn(&'a Value) -> Option<T>) -> Result<Vec<T>> {
+        let value = self.get(key);
+        match value {
+            Some(Value::Array(values)) => values.iter().map(item).collect(),
+            _ => None,
+        }
+        .ok_or_else(|| malformed(key, wanted, value.is_some()))
+    }
+
+    /// The type of each of `n` tokens; all normal where the file does not say.
+    fn types(&self, n: usize) -> Result<Vec<i64>> {
+        if self.get("token_type").is_none() {
+            return Ok(vec![token_type::NORMAL; n]);
+        }
+        let types = self.list("token_type", "a list of integers", integer)?;
+        self.same_length("token_type", types.len(), n)?;
+        Ok(types)
+    }
+
+    fn same_length(&self, key: &str, n: usize, tokens: usize) -> Result<()> {
+        if n == tokens {
+            return Ok(());
+        }
+        Err(Error::Tokenizer(format!("tokenizer.ggml.{key} has {n} entries and tokenizer.ggml.tokens {tokens}")))
+    }
+
+    fn flag(&self, key: &str) -> Option<bool> {
+        match self.get(key) {
+            Some(Value::Bool(flag)) => Some(*flag),
+            _ => None,
+        }
+    }
+
+    fn id(&self, key: &str) -> Option<u32> {
+        self.get(&format!("{key}_token_id")).and_then(integer).and_then(|id| id.try_into().ok())
+    }
+
+    /// Byte-level BPE.
+    fn byte_level(&self, tokens: &[&str], types: &[i64]) -> Result<Tokenizer> {
+        // Qwen files from before the key was written are all cut the same way; other families are not.
+        let qwen = matches!(self.0.get("general.architecture"), Some(Value::String(name)) if name.starts_with("qwen"));
+        let words = Words::named(if qwen && self.get("pre").is_none() { "qwen2" } else { self.string("pre")? })?;
+        let merges = self
+            .strings("merges")?
+            .into_iter()
+            .map(|merge| merge.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned())))
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| malformed("merges", "a list of pairs", true))?;
+        let model = BPE::builder()
+            .vocab_and_merges(vocab(tokens), merges)
+            .ignore_merges(words.whole)
+            .build()
+            .map_err(|e| Error::Tokenizer(format!("tokenizer.ggml.merges: {e}")))?;
+        let mut inner = tokenizers::Tokenizer::new(model);
+        inner.with_pre_tokenizer(Some(words.split));
+        inner.with_normalizer(words.nfc.then_some(NFC));
+        let prefix = self.bos(words.bos, None);
+        self.finish(inner, Spelling::Bytes, tokens, types, prefix, self.id("eos"))
+    }
+
+    /// SentencePiece BPE.
+    fn sentencepiece(&self, tokens: &[&str], types: &[i64]) -> Result<Tokenizer> {
+        let scores = self.list("scores", "a list of floats", |value| match value {
+            Value::F32(score) => Some(*score),
+            Value::F64(score) => Some(*score as f32),
+            _ => None,
+        })?;
+        self.same_length("scores", scores.len(), tokens.len())?;
+
+        // SentencePiece merges the neighbours that make the piece of the highest score; so each way to cut a piece
+        // into two is a merge, ranked by that score.
+        let normal = |i: usize| {
+            types[i] == token_type::NORMAL || types[i] == token_type::USER_DEFINED && tokens[i].contains(SPACE)
+        };
+        let pieces: HashSet<&str> = (0..tokens.len()).filter(|&i| normal(i)).map(|i| tokens[i]).collect();
+        let mut order: Vec<usize> = (0..tokens.len()).filter(|&i| normal(i)).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+        let mut merges = Vec::new();
+        for piece in order.into_iter().map(|i| tokens[i]) {
+            for (at, _) in piece.char_indices().skip(1) {
+                let (left, right) = piece.split_at(at);
+                if pieces.contains(left) && pieces.contains(right) {
+                    merges.push((left.to_owned(), right.to_owned()));
+                }
+            }
+        }
+
+        let unknown = self.id("unknown").unwrap_or(0);
+        let mut model = BPE::builder().vocab_and_merges(vocab(tokens), merges).byte_fallback(true).fuse_unk(true);
+        if let Some(unknown) = tokens.get(unknown as usize) {
+            model = model.unk_token((*unknown).to_owned());
+        }
+        let mut inner =
+            tokenizers::Tokenizer::new(model.build().map_err(|e| Error::Tokenizer(format!("tokenizer.ggml: {e}")))?);
+        let strip = self.flag("add_space_prefix").unwrap_or(true);
+        let replace = Replace::new(" ", SPACE).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let mut steps: Vec<NormalizerWrapper> = Vec::new();
+        if strip {
+            steps.push(Prepend::new(SPACE.to_owned()).into());
+        }
+        steps.push(replace.into());
+        inner.with_normalizer(Some(normalizers::Sequence::new(steps)));
+
+        let prefix = self.bos(true, Some(1));
+        self.finish(inner, Spelling::Spaces { strip }, tokens, types, prefix, self.id("eos").or(Some(2)))
+    }
+
+    /// What `encode` puts first, where the key that says so is missing: `add`, and the id `bos`.
+    fn bos(&self, add: bool, bos: Option<u32>) -> Vec<u32> {
+        let bos = self.id("bos").or(bos);
+        bos.filter(|_| self.flag("add_bos_token").unwrap_or(add)).into_iter().collect()
+    }
+
+    fn finish(
+        &self,
+        mut inner: tokenizers::Tokenizer,
+        spelling: Spelling,
+        tokens: &[&str],
+        types: &[i64],
+        prefix: Vec<u32>,
+        eos: Option<u32>,
+    ) -> Result<Tokenizer> {
+        let eos: Vec<u32> = [eos, self.id("eot"), self.id("eom")].into_iter().flatten().collect();
+        for &id in eos.iter().chain(&prefix) {
+            if id as usize >= tokens.len() {
+                let n = tokens.len();
+                return Err(Error::Tokenizer(format!("bos or eos id {id} is outside the vocabulary of {n} tokens")));
+            }
+        }
+        let (mut special, mut unused) = (Vec::new(), Vec::new());
+        for (i, (&token, &kind)) in tokens.iter().zip(types).enumerate() {
+            let id = i as u32;
+            let control = matches!(kind, token_type::CONTROL | token_type::UNKNOWN);
+            if control || eos.contains(&id) || prefix.contains(&id) {
+                special.push(AddedToken::from(token, true).normalized(false));
+            } else if kind == token_type::USER_DEFINED && !(spelling != Spelling::Bytes && token.contains(SPACE)) {
+                special.push(AddedToken::from(token, false).normalized(false));
+            } else if kind == token_type::UNUSED {
+                unused.push(id);
+            }
+        }
+        inner.add_tokens(&special);
+        Ok(Tokenizer::new(inner, spelling, prefix, &eos, &unused))
+    }
+}
+
+/// How a byte-level vocabulary cuts text into words.
+struct Words {
+    split: PreTokenizerWrapper,
+    /// A word that is a token is taken as it is, whatever the merges say.
+    whole: bool,
+    nfc: bool,
+    bos: bool,
+}
+
+impl Words {
+    /// `tokenizer.ggml.pre`: the names that llama.cpp's converter gives.
+    fn named(pre: &str) -> Result<Self> {
+        let gpt2 = || ByteLevel::new(false, true, true);
+        let (split, llama3) = match pre {
+            "gpt-2" | "gpt2" | "default" => (gpt2().into(), false),
+            "smollm" | "starcoder" | "refact" => {
+                (Sequence::new(vec![Digits::new(true).into(), gpt2().into()]).into(), false)
+            }
+            "qwen2" | "deepseek-r1-qwen" => (by_regex(QWEN2)?, false),
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => (by_regex(LLAMA3)?, true),
+            "tekken" => (by_regex(TEKKEN)?, true),
+            other => {
+                return Err(Error::Tokenizer(format!(
+                    "tokenizer.ggml.pre is \"{other}\", which is not known here, and a guess would give other ids; \
+                     load the model from a folder with a tokenizer.json instead"
+                )));
+            }
+        };
+        Ok(Self { split, whole: llama3, nfc: pre == "qwen2", bos: llama3 })
+    }
+}
+
+/// Words by a regular expression, then bytes.
+fn by_regex(regex: &str) -> Result<PreTokenizerWrapper> {
+    let split = Split::new(SplitPattern::Regex(regex.to_owned()), SplitDelimiterBehavior::Isolated, false)
+        .map_err(|e| Error::Tokenizer(e.to_string()))?;
+    Ok(Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into())
+}
+
+fn vocab(tokens: &[&str]) -> Vocab {
+    let named = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty());
+    named.map(|(id, token)| ((*token).to_owned(), id as u32)).collect()
+}
+
+fn integer(value: &Value) -> Option<i64> {
+    match *value {
+        Value::U8(v) => Some(v.into()),
+        Value::I8(v) => Some(v.into()),
+        Value::U16(v) => Some(v.into()),
+        Value::I16(v) => Some(v.into()),
+        Value::U32(v) => Some(v.into()),
+        Value::I32(v) => Some(v.into()),
+        Value::U64(v) => v.try_into().ok(),
+        Value::I64(v) => Some(v),
+        _ => None,
+    }
+}
+
+fn malformed(key: &str, wanted: &str, present: bool) -> Error {
+    let what = if present { "is not" } else { "is missing from the file; it should be" };
+    Error::Tokenizer(format!("tokenizer.ggml.{key} {what} {wanted}"))
+}
+
+/// The spelling that a `tokenizer.json`'s decoder undoes, `None` for a decoder that is not known.
+fn spelling_of(decoder: &serde_json::Value) -> Option<Spelling> {
+    if decoder.is_null() {
+        return Some(Spelling::Words);
+    }
+    let of = |decoder: &serde_json::Value| decoder["type"].as_str().unwrap_or_default().to_owned();
+    let steps = match decoder["decoders"].as_array() {
+        Some(steps) => steps.iter().collect(),
+        None => vec![decoder],
+    };
+    let mut spelling = None;
+    for step in &steps {
+        match of(step).as_str() {
+            "ByteLevel" => return Some(Spelling::Bytes),
+            "ByteFallback" => spelling = spelling.or(Some(Spelling::Spaces { strip: false })),
+            "Metaspace" => spelling = Some(Spelling::Spaces { strip: step["prepend_scheme"] != "never" }),
+            _ => {}
+        }
+    }
+    if spelling.is_some() && steps.iter().any(|step| of(step) == "Strip") {
+        spelling = Some(Spelling::Spaces { strip: true });
+    }
+    spelling
+}
+
+/// The byte that a character stands for in GPT-2's table: printable Latin-1 for itself, the rest from U+0100 on.
+fn gpt2_byte(c: char) -> Option<u8> {
+    let code = u32::from(c);
+    let byte = match code {
+        33..=126 | 161..=172 | 174..=255 => code,
+        256..=288 => code - 256,
+        289..=322 => code - 289 + 127,
+        323 => 173,
+        _ => return None,
+    };
+    u8::try_from(byte).ok()
+}
+
+/// `<0xAB>`: the byte that SentencePiece falls back on where no piece fits.
+fn fallback_byte(token: &str) -> Option<u8> {
+    let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
+}

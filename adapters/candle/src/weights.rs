@@ -1,0 +1,242 @@
+//! Weights by their Hugging Face name, from safetensors or from GGUF.
+
+use crate::error::{Error, Result};
+use candle_core::{
+    DType, Device, Module, Tensor,
+    quantized::{QMatMul, QTensor, gguf_file},
+};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
+
+/// `x W^T + b` with a dense or a quantized W.
+#[derive(Debug, Clone)]
+pub(crate) enum Linear {
+    Dense(Tensor, Option<Tensor>), // [out, in], [out]
+    Quantized(QMatMul, Option<Tensor>),
+}
+
+impl Linear {
+    /// `[tokens, in]` to `[tokens, out]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (y, bias) = match self {
+            Self::Dense(weight, bias) => (x.matmul(&weight.t()?)?, bias),
+            Self::Quantized(weight, bias) => (weight.forward(x)?, bias),
+        };
+        Ok(match bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}
+
+/// Where weights come from.
+pub(crate) enum Weights {
+    SafeTensors(SafeTensors),
+    Gguf(GgufFile),
+}
+
+/// The tensors of safetensors files, and the type they are wanted in.
+pub(crate) struct SafeTensors {
+    tensors: HashMap<String, Tensor>,
+    pub(crate) dtype: DType,
+    pub(crate) device: Device,
+}
+
+/// A GGUF file. Tensors are read one by one as they are asked for.
+pub(crate) struct GgufFile {
+    path: PathBuf,
+    content: gguf_file::Content,
+    reader: BufReader<File>,
+    pub(crate) device: Device,
+}
+
+impl Weights {
+    /// Every safetensors file of a model folder: `model.safetensors`, or the shards its index names.
+    pub(crate) fn from_dir(dir: &Path, dtype: DType, device: &Device) -> Result<Self> {
+        Self::from_files(&safetensors_files(dir)?, dtype, device)
+    }
+
+    pub(crate) fn from_files(files: &[PathBuf], dtype: DType, device: &Device) -> Result<Self> {
+        let mut tensors = HashMap::new();
+        for file in files {
+            let part = candle_core::safetensors::load(file, device);
+            tensors.extend(part.map_err(|e| Error::file(file, without_backtrace(&e)))?);
+        }
+        Ok(Self::SafeTensors(SafeTensors { tensors, dtype, device: device.clone() }))
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        match self {
+            Self::SafeTensors(source) => source.tensors.contains_key(name),
+            Self::Gguf(source) => source.has(&gguf_name(name)),
+        }
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        match self {
+            Self::SafeTensors(source) => &source.device,
+            Self::Gguf(source) => &source.device,
+        }
+    }
+
+    /// Type of activations: what was asked for, f32 with quantized weights.
+    pub(crate) fn dtype(&self) -> DType {
+        match self {
+            Self::SafeTensors(source) => source.dtype,
+            Self::Gguf(_) => DType::F32,
+        }
+    }
+
+    /// A dense tensor of the activations' type.
+    pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = match self {
+            Self::SafeTensors(source) => match source.tensors.get(name) {
+                Some(tensor) => tensor.to_dtype(source.dtype)?,
+                None => return Err(Error::Model(format!("the safetensors files have no tensor `{name}`"))),
+            },
+            Self::Gguf(source) => source.dense(&gguf_name(name))?,
+        };
+        check_shape(name, tensor.dims(), shape)?;
+        Ok(tensor)
+    }
+
+    /// `[out, in]` and, if `bias`, `[out]`.
+    pub(crate) fn linear(&mut self, name: &str, input: usize, output: usize, bias: bool) -> Result<Linear> {
+        let bias = if bias { Some(self.tensor(&format!("{name}.bias"), &[output])?) } else { None };
+        let weight = format!("{name}.weight");
+        match self {
+            Self::SafeTensors(_) => Ok(Linear::Dense(self.tensor(&weight, &[output, input])?, bias)),
+            Self::Gguf(source) => {
+                let tensor = source.quantized(&gguf_name(&weight))?;
+                check_shape(&weight, tensor.shape().dims(), &[output, input])?;
+                Ok(Linear::Quantized(QMatMul::from_qtensor(tensor)?, bias))
+            }
+        }
+    }
+}
+
+impl GgufFile {
+    pub(crate) fn open(path: &Path, device: &Device) -> Result<Self> {
+        let bad = |what: String| Error::file(path, what);
+        let file = File::open(path).map_err(|e| bad(e.to_string()))?;
+        let length = file.metadata().map_err(|e| bad(e.to_string()))?.len();
+        let mut reader = BufReader::new(file);
+        let content = gguf_file::Content::read(&mut reader)
+            .map_err(|e| bad(format!("is no GGUF file, or its header is cut off: {}", without_backtrace(&e))))?;
+        for (name, info) in &content.tensor_infos {
+            let bytes = info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
+            let end = content.tensor_data_offset + info.offset + bytes as u64;
+            if end > length {
+                return Err(bad(format!("is cut off: tensor `{name}` ends at byte {end} of {length}")));
+            }
+        }
+        Ok(Self { path: path.to_path_buf(), content, reader, device: device.clone() })
+    }
+
+    pub(crate) fn metadata(&self) -> &HashMap<String, gguf_file::Value> {
+        &self.content.metadata
+    }
+
+    /// Names here are the file's own.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.content.tensor_infos.contains_key(name)
+    }
+
+    pub(crate) fn dense(&mut self, name: &str) -> Result<Tensor> {
+        let device = self.device.clone();
+        Ok(self.quantized(name)?.dequantize(&device)?)
+    }
+
+    fn quantized(&mut self, name: &str) -> Result<QTensor> {
+        if !self.has(name) {
+            return Err(Error::file(&self.path, format!("has no tensor `{name}`")));
+        }
+        let tensor = self.content.tensor(&mut self.reader, name, &self.device);
+        tensor.map_err(|e| Error::file(&self.path, format!("tensor `{name}`: {}", without_backtrace(&e))))
+    }
+}
+
+fn check_shape(name: &str, got: &[usize], expected: &[usize]) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::Model(format!("tensor `{name}` has shape {got:?}, the configuration asks for {expected:?}")))
+}
+
+/// candle prints the backtrace with the error where backtraces are on.
+fn without_backtrace(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}
+
+/// The safetensors files of a model folder.
+pub(crate) fn safetensors_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let single = dir.join("model.safetensors");
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    let index = dir.join("model.safetensors.index.json");
+    let text = std::fs::read_to_string(&index)
+        .map_err(|_| Error::file(dir, "has neither model.safetensors nor model.safetensors.index.json"))?;
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::file(&index, e))?;
+    let mut files: Vec<PathBuf> = parsed.weight_map.into_values().map(|file| dir.join(file)).collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+/// The name GGUF gives a tensor.
+fn gguf_name(name: &str) -> String {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    let Some((layer, rest)) = name.strip_prefix("layers.").and_then(|n| n.split_once('.')) else {
+        return name.replace("embed_tokens", "token_embd").replace("lm_head", "output").replacen(
+            "norm",
+            "output_norm",
+            1,
+        );
+    };
+    let rest = [
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+    ]
+    .into_iter()
+    .fold(rest.to_string(), |rest, (ours, theirs)| rest.replace(ours, theirs));
+    format!("blk.{layer}.{rest}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gguf_name;
+
+    #[test]
+    fn names_map_to_gguf() {
+        for (ours, theirs) in [
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("lm_head.weight", "output.weight"),
+            ("model.norm.weight", "output_norm.weight"),
+            ("model.layers.3.self_attn.q_proj.bias", "blk.3.attn_q.bias"),
+            ("model.layers.12.self_attn.k_norm.weight", "blk.12.attn_k_norm.weight"),
+            ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+            ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
+            ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
+        ] {
+            assert_eq!(gguf_name(ours), theirs);
+        }
+    }
+}

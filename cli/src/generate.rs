@@ -1,0 +1,77 @@
+use crate::{model::ModelArgs, table};
+use anyhow::{Context, Result};
+use kvpolicy::{Registry, compare::Subject};
+use kvpolicy_candle::TextStream;
+use std::{io::Write, path::PathBuf, time::Instant};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The policy.
+    #[arg(long, default_value = "full")]
+    policy: String,
+    /// What to say to the model.
+    #[arg(long, conflicts_with = "prompt_file")]
+    prompt: Option<String>,
+    /// A file with what to say.
+    #[arg(long)]
+    prompt_file: Option<PathBuf>,
+    /// Pass the prompt as it is, without the model's chat template.
+    #[arg(long)]
+    raw: bool,
+    /// The most tokens to generate.
+    #[arg(long, default_value_t = 256)]
+    max_tokens: usize,
+}
+
+pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
+    let policy = registry.parse(&args.policy)?;
+    let prompt = match (&args.prompt, &args.prompt_file) {
+        (Some(prompt), _) => prompt.clone(),
+        (None, Some(path)) => table::read_text(path)?,
+        (None, None) => anyhow::bail!("nothing to say: give --prompt or --prompt-file"),
+    };
+    anyhow::ensure!(!prompt.trim().is_empty(), "the prompt is empty");
+    let hosted = args.model.load()?;
+    let text = if args.raw { prompt } else { hosted.chat(&prompt).map_err(anyhow::Error::from_boxed)? };
+    let tokenizer = hosted.lm.tokenizer();
+    let tokens = tokenizer.encode(&text)?;
+
+    let mut session = hosted.lm.session(policy.clone(), &hosted.store)?.allow_long(hosted.allow_long);
+    let start = Instant::now();
+    let mut logits = session.prefill(&tokens, true)?;
+    let read = start.elapsed().as_secs_f64();
+    let (start, mut generated) = (Instant::now(), 0usize);
+    let mut stream = TextStream::new(tokenizer);
+    let mut out = std::io::stdout().lock();
+    while generated < args.max_tokens {
+        let token = logits.argmax(0)?.to_scalar::<u32>()?;
+        if tokenizer.is_eos(token) {
+            break;
+        }
+        generated += 1;
+        if let Some(piece) = stream.push(token)? {
+            write!(out, "{piece}").and_then(|_| out.flush()).context("standard output")?;
+        }
+        logits = session.decode(token)?;
+    }
+    let wrote = start.elapsed().as_secs_f64();
+    writeln!(out, "{}", stream.finish()?.unwrap_or_default()).context("standard output")?;
+
+    let stats = session.stats();
+    eprintln!(
+        "\n{policy}\n{} prompt tokens at {:.1}/s, {generated} generated at {:.1}/s\n\
+         KV: peak {}, mean {}, dense would peak at {}; compression {:.2}x ({} of {} entries evicted)",
+        tokens.len(),
+        tokens.len() as f64 / read,
+        generated as f64 / wrote,
+        table::bytes(stats.peak_bytes as f64),
+        table::bytes(stats.mean_bytes),
+        table::bytes(stats.dense_peak_bytes as f64),
+        stats.compression(),
+        stats.evicted,
+        stats.written,
+    );
+    Ok(())
+}

@@ -1,0 +1,51 @@
+//! The `kvpolicy` program as a library, so that a user's own policies can run in it:
+//!
+//! ```no_run
+//! # use kvpolicy::Registry;
+//! let registry = Registry::standard(); // registry.add::<MyPolicy>();
+//! kvpolicy_cli::run(registry);
+//! ```
+
+mod compare;
+mod generate;
+mod model;
+mod policies;
+mod table;
+
+use clap::{Parser, Subcommand};
+use kvpolicy::Registry;
+use std::process::ExitCode;
+
+/// Which tokens stay in the KV cache: policies side by side.
+#[derive(Debug, Parser)]
+#[command(name = "kvpolicy", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the policies with their parameters and papers.
+    Policies(policies::Args),
+    /// Generate text under a policy.
+    Generate(generate::Args),
+    /// Compare policies on a model: quality, memory, speed.
+    Compare(compare::Args),
+}
+
+/// Runs the program on the process's arguments with the policies of a registry.
+pub fn run(registry: Registry) -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Policies(args) => policies::run(&args, &registry),
+        Command::Generate(args) => generate::run(&args, &registry),
+        Command::Compare(args) => compare::run(&args, &registry),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Policies side by side on one model: the same texts, the same prompts, the same machine.
+//!
+//! A host implements [`Subject`] for its models; [`run`] does the rest. The schema of [`Report`] is documented in
+//! `docs/results.md`.
+//!
+//! | task | what |
+//! |---|---|
+//! | `ppl` | perplexity of the last tokens of a text, generated one by one with the policy active |
+//! | `kl` | KL divergence from `full` at the same tokens, in nats per token |
+//! | `needle` | a number hidden in text; the policy compresses the text before it sees the question |
+//! | `needle-aware` | the same, with the question in the prompt that is compressed |
+//! | `speed` | tokens per second of prefill and decode |
+
+mod likelihood;
+mod needle;
+mod report;
+mod speed;
+mod sweep;
+
+pub use report::{Host, Metrics, Report, Row, SCHEMA, Sample};
+pub use sweep::{fit, sweepable};
+
+use crate::{
+    error::{Error, Result},
+    params::Param,
+    policy::Policy,
+    spec::{ModelSpec, keyword_param},
+    stats::Stats,
+};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::{fmt, sync::Arc};
+
+/// What a host's own errors become.
+pub type HostError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A model under comparison.
+pub trait Subject {
+    /// Shape of its attention.
+    fn spec(&self) -> ModelSpec;
+    /// The longest context it was made for, in tokens.
+    fn max_context(&self) -> usize;
+    /// Text to tokens, as at the start of a prompt.
+    fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, HostError>;
+    /// Tokens to text, special tokens left out.
+    fn decode(&self, tokens: &[u32]) -> std::result::Result<String, HostError>;
+    /// Whether a token ends an answer.
+    fn is_end(&self, token: u32) -> bool;
+    /// A user's message in the model's chat template, the answer about to begin.
+    fn chat(&self, user: &str) -> std::result::Result<String, HostError>;
+    /// A new sequence under a policy.
+    fn open(&self, policy: &Arc<dyn Policy>) -> std::result::Result<Box<dyn Sequence + '_>, HostError>;
+}
+
+/// One sequence of a model.
+pub trait Sequence {
+    /// Reads tokens; `last` ends the prompt. Logits of the last one.
+    fn prefill(&mut self, tokens: &[u32], last: bool) -> std::result::Result<Vec<f32>, HostError>;
+    /// Goes on from a token. Its logits.
+    fn decode(&mut self, token: u32) -> std::result::Result<Vec<f32>, HostError>;
+    /// What the cache held so far.
+    fn stats(&self) -> Stats;
+}
+
+impl From<HostError> for Error {
+    fn from(error: HostError) -> Self {
+        Self::Host(error)
+    }
+}
+
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Task {
+    /// Perplexity.
+    Ppl,
+    /// KL divergence from `full`.
+    Kl,
+    /// Retrieval, compressed before the question is known.
+    Needle,
+    /// Retrieval, compressed with the question.
+    NeedleAware,
+    /// Tokens per second.
+    Speed,
+}
+keyword_param!(Task: Ppl = "ppl", Kl = "kl", Needle = "needle", NeedleAware = "needle-aware", Speed = "speed");
+
+impl Task {
+    /// A list separated by commas.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming what is no task, or for an empty list.
+    pub fn parse_list(list: &str) -> Result<Vec<Self>> {
+        let names = list.split(',').map(str::trim).filter(|name| !name.is_empty());
+        let unknown = |name: &str| format!("unknown task `{name}` (known: {})", Self::KIND.trim().replace(' ', ", "));
+        let read = |name| Self::read(name).ok_or_else(|| Error::Config(unknown(name)));
+        let mut tasks = names.map(read).collect::<Result<Vec<_>>>()?;
+        tasks.sort();
+        tasks.dedup();
+        if tasks.is_empty() { Err(Error::Config("the list names no task".into())) } else { Ok(tasks) }
+    }
+}
+
+/// A policy with the text that names it in tables.
+#[derive(Debug, Clone)]
+pub struct Contender {
+    /// As the user wrote it, or as a sweep made it.
+    pub label: String,
+    /// The policy.
+    pub policy: Arc<dyn Policy>,
+}
+
+/// The policies to compare at one context length.
+#[derive(Debug, Clone)]
+pub struct Contest {
+    /// Context length in tokens.
+    pub context: usize,
+    /// The policies.
+    pub contenders: Vec<Contender>,
+}
+
+/// What to compare.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Context lengths with their policies.
+    pub contests: Vec<Contest>,
+    /// What to measure.
+    pub tasks: Vec<Task>,
+    /// Texts per context, prompts per context, repetitions of a timing.
+    pub samples: usize,
+    /// Chooses texts, numbers and depths.
+    pub seed: u64,
+    /// The text that prompts are cut from.
+    pub text: String,
+}
+
+/// Told of progress.
+pub trait Progress {
+    /// This many units of work lie ahead.
+    fn start(&mut self, units: u64);
+    /// A unit begins.
+    fn unit(&mut self, what: &str);
+    /// A sample is done.
+    fn sample(&mut self, sample: &Sample) -> Result<()>;
+}
+
+/// Measures every contender at every task and context.
+///
+/// # Errors
+/// [`Error::Config`] for a plan that cannot be met (naming what to change), else whatever stops the host.
+pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> Result<Vec<Row>> {
+    check(plan)?;
+    let mut rows = vec![];
+    progress.start(units(plan));
+    for contest in &plan.contests {
+        let texts = Excerpts { subject, plan, contest };
+        for group in groups(&plan.tasks) {
+            rows.extend(match group {
+                Group::Likelihood => likelihood::run(&texts, progress)?,
+                Group::Needle(task) => needle::run(&texts, task, progress)?,
+                Group::Speed => speed::run(&texts, progress)?,
+            });
+        }
+    }
+    Ok(rows)
+}
+
+fn check(plan: &Plan) -> Result<()> {
+    let refuse = |what: &str| Err(Error::Config(what.to_string()));
+    if plan.samples == 0 {
+        return refuse("samples=0: at least one");
+    }
+    let empty = plan.contests.is_empty() || plan.contests.iter().any(|contest| contest.contenders.is_empty());
+    if empty || plan.tasks.is_empty() {
+        return refuse("nothing to compare: name policies, tasks and contexts");
+    }
+    match plan.contests.iter().find(|contest| contest.context < MIN_CONTEXT) {
+        Some(contest) => refuse(&format!("context={} is too short: {MIN_CONTEXT} or more", contest.context)),
+        None => Ok(()),
+    }
+}
+
+/// The shortest context in which every task has room.
+const MIN_CONTEXT: usize = 128;
+
+/// Tasks that share runs.
+enum Group {
+    Likelihood,
+    Needle(Task),
+    Speed,
+}
+
+fn groups(tasks: &[Task]) -> Vec<Group> {
+    let mut groups = vec![];
+    if tasks.contains(&Task::Ppl) || tasks.contains(&Task::Kl) {
+        groups.push(Group::Likelihood);
+    }
+    groups.extend([Task::Needle, Task::NeedleAware].into_iter().filter(|t| tasks.contains(t)).map(Group::Needle));
+    if tasks.contains(&Task::Speed) {
+        groups.push(Group::Speed);
+    }
+    groups
+}
+
+fn units(plan: &Plan) -> u64 {
+    let contenders: usize = plan.contests.iter().map(|contest| contest.contenders.len()).sum();
+    (groups(&plan.tasks).len() * plan.samples * contenders) as u64
+}
+
+/// Excerpts of the text at one context length.
+struct Excerpts<'a> {
+    subject: &'a dyn Subject,
+    plan: &'a Plan,
+    contest: &'a Contest,
+}
+
+impl Excerpts<'_> {
+    fn context(&self) -> usize {
+        self.contest.context
+    }
+
+    fn contenders(&self) -> &[Contender] {
+        &self.contest.contenders
+    }
+
+    /// Random numbers of one sample, the same for every contender.
+    fn rng(&self, sample: usize) -> StdRng {
+        StdRng::seed_from_u64(
+            self.plan.seed.wrapping_mul(1_000_003).wrapping_add((self.context() * 4099 + sample) as u64),
+        )
+    }
+
+    /// `tokens` consecutive tokens of the text from a random place, with their text.
+    fn cut(&self, rng: &mut StdRng, tokens: usize) -> Result<(Vec<u32>, String)> {
+        let text = &self.plan.text;
+        // English has about 4 bytes a token; 12 leave room for any text without encoding all of it.
+        let reach = (tokens * 12).min(text.len());
+        let start = floor_boundary(text, rng.random_range(0..=text.len() - reach));
+        let end = floor_boundary(text, start + reach);
+        let mut encoded = self.subject.encode(&text[start..end])?;
+        if encoded.len() < tokens {
+            let (bytes, have) = (reach, encoded.len());
+            return Err(Error::Config(format!(
+                "the text is too short: {bytes} bytes of it are {have} tokens, and {tokens} are needed; give a longer --text"
+            )));
+        }
+        encoded.truncate(tokens);
+        let excerpt = self.subject.decode(&encoded)?;
+        Ok((encoded, excerpt))
+    }
+}
+
+fn floor_boundary(text: &str, mut at: usize) -> usize {
+    at = at.min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}
+
+/// Index of the largest logit; the first of equals.
+fn argmax(logits: &[f32]) -> u32 {
+    let better = |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
+    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0 as u32
+}
+
+/// Log-softmax in f64.
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let sum: f64 = logits.iter().map(|&x| (x as f64 - top).exp()).sum();
+    logits.iter().map(|&x| x as f64 - top - sum.ln()).collect()
+}

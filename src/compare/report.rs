@@ -1,0 +1,180 @@
+//! What a comparison writes down.
+
+use super::{Contender, Excerpts, Task};
+use crate::stats::Stats;
+use serde::{Deserialize, Serialize};
+
+/// Version of the schema of [`Report`]; raised when a field changes its meaning or goes.
+pub const SCHEMA: u32 = 1;
+
+/// A comparison: `results.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Version of this program.
+    pub version: String,
+    /// Seconds since 1970 at the start.
+    pub started: u64,
+    /// The command line.
+    pub command: Vec<String>,
+    /// The model's name.
+    pub model: String,
+    /// SHA-256 of its weights.
+    pub model_sha256: String,
+    /// Type of its activations.
+    pub dtype: String,
+    /// Type of stored keys and values.
+    pub kv_dtype: String,
+    /// SHA-256 of the text.
+    pub text_sha256: String,
+    /// Chooses texts, numbers and depths.
+    pub seed: u64,
+    /// The machine.
+    pub host: Host,
+    /// One per policy, task and context.
+    pub rows: Vec<Row>,
+}
+
+/// The machine a comparison ran on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Host {
+    /// Operating system and processor architecture.
+    pub platform: String,
+    /// Name of the processor; empty if unknown.
+    pub cpu: String,
+    /// Threads used.
+    pub threads: usize,
+    /// Where the model ran.
+    pub device: String,
+}
+
+/// One policy at one task and context.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Row {
+    /// As the user wrote it, or as a sweep made it.
+    pub policy: String,
+    /// The policy with every parameter.
+    pub policy_full: String,
+    /// The task's name.
+    pub task: String,
+    /// Context length in tokens.
+    pub context: usize,
+    /// Samples behind the figures.
+    pub samples: usize,
+    /// The task's figures.
+    pub metrics: Metrics,
+    /// The cache over all samples: the largest peaks, means of means, sums of counts.
+    pub kv: Stats,
+    /// Entries a dense cache would have held for one that was held, over all samples.
+    pub compression: f64,
+}
+
+/// Figures of a task; those of other tasks are absent.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Metrics {
+    /// Perplexity per token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ppl: Option<f64>,
+    /// KL(full || policy), nats per token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
+    /// Right answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub correct: Option<u64>,
+    /// Questions asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub questions: Option<u64>,
+    /// Their ratio.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+    /// Median.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_tokens_per_s: Option<f64>,
+    /// Median.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_tokens_per_s: Option<f64>,
+}
+
+/// One prompt and what came of it: a line of `samples.jsonl`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sample {
+    /// The task's name; `ppl` also stands for `kl`.
+    pub task: String,
+    /// The policy's label.
+    pub policy: String,
+    /// Context length in tokens.
+    pub context: usize,
+    /// Number of the sample.
+    pub sample: usize,
+    /// The whole prompt, or the text that was scored.
+    pub prompt: String,
+    /// What a right answer contains.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected: Option<String>,
+    /// What the model said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answer: Option<String>,
+    /// The verdict.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub correct: Option<bool>,
+    /// Negative log-likelihood per token, nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nll: Option<f64>,
+    /// KL(full || policy), nats per token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
+    /// Of this repetition.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_tokens_per_s: Option<f64>,
+    /// Of this repetition.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_tokens_per_s: Option<f64>,
+}
+
+impl Sample {
+    pub(super) fn new(task: &str, contender: &Contender, context: usize, sample: usize) -> Self {
+        Self { task: task.into(), policy: contender.label.clone(), context, sample, ..Self::default() }
+    }
+}
+
+impl Row {
+    pub(super) fn new(contender: &Contender, task: Task, texts: &Excerpts, metrics: Metrics, runs: &Runs) -> Self {
+        let kv = runs.stats;
+        Self {
+            policy: contender.label.clone(),
+            policy_full: contender.policy.to_string(),
+            task: task.to_string(),
+            context: texts.context(),
+            samples: texts.plan.samples,
+            metrics,
+            kv,
+            compression: kv.compression(),
+        }
+    }
+}
+
+/// Cache figures of several runs.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Runs {
+    count: f64,
+    stats: Stats,
+}
+
+impl Runs {
+    pub(super) fn add(&mut self, run: &Stats) {
+        self.count += 1.0;
+        let all = &mut self.stats;
+        let fold = |mean: &mut f64, x: f64| *mean += (x - *mean) / self.count;
+        fold(&mut all.mean_bytes, run.mean_bytes);
+        fold(&mut all.mean_live_entries, run.mean_live_entries);
+        fold(&mut all.mean_dense_entries, run.mean_dense_entries);
+        all.sampled_steps += run.sampled_steps;
+        all.peak_bytes = all.peak_bytes.max(run.peak_bytes);
+        all.dense_peak_bytes = all.dense_peak_bytes.max(run.dense_peak_bytes);
+        all.written += run.written;
+        all.evicted += run.evicted;
+    }
+}

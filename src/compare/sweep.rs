@@ -1,0 +1,167 @@
+//! Budgets at which policies hold the same number of entries.
+
+use super::likelihood::scored_tokens;
+use crate::{
+    error::{Error, Result},
+    policy::{Budget, Evict, LayerCx, NewTokens, Policy},
+    registry::Registry,
+    spec::ModelSpec,
+};
+use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+/// The policy `text` with its budget (or window size) set so that its mean number of live entries over the steps of the
+/// `ppl` task at this context is the dense mean divided by `ratio`, as near as whole entries allow. A budget that is
+/// given is replaced; the parameter is the one without a default (`budget`, `size`).
+///
+/// # Errors
+/// [`Error::Policy`] for a text that does not parse, or a policy without such a parameter (DMS follows its gates: move it
+/// by `bias`), or one that cannot hold so few.
+pub fn fit(
+    registry: &Registry,
+    text: &str,
+    spec: &ModelSpec,
+    context: usize,
+    ratio: f64,
+) -> Result<(String, Arc<dyn Policy>)> {
+    let refuse = |what: String| Error::Policy { text: text.to_string(), reasons: vec![what] };
+    if !(ratio.is_finite() && ratio >= 1.0) {
+        return Err(refuse(format!("a compression of {ratio} is not accepted: 1 or more")));
+    }
+    let scored = scored_tokens(context);
+    let run = Run { prompt: context - scored, decoded: scored - 1 };
+    let target = run.dense() / ratio;
+    let parameter = parameter(registry, text).map_err(refuse)?;
+    let with = |n: usize| -> Result<(String, f64)> {
+        let text = set(text, parameter, n);
+        let policy = registry.parse(&text)?;
+        let live = run.live(&*policy, spec).map_err(|e| refuse(e.to_string()))?;
+        Ok((text, live))
+    };
+    // The smallest budget the policy accepts, then the mean rises with the budget.
+    let accepts = |n: usize| registry.parse(&set(text, parameter, n)).is_ok();
+    let (mut low, mut high) = (partition(1, context, accepts), context);
+    if low > context {
+        return Err(registry
+            .parse(&set(text, parameter, context))
+            .err()
+            .unwrap_or_else(|| refuse("no budget fits".into())));
+    }
+    let smallest = with(low)?.1;
+    if smallest > target * 1.02 {
+        let (smallest, target) = (smallest.ceil(), target.floor());
+        return Err(refuse(format!("holds {smallest} entries a head at the least, {ratio}x allows {target}")));
+    }
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        if with(middle)?.1 <= target { low = middle } else { high = middle }
+    }
+    let (below, above) = (with(low)?, with(high)?);
+    let text = if target - below.1 <= above.1 - target { below.0 } else { above.0 };
+    let policy = registry.parse(&text)?;
+    Ok((text, policy))
+}
+
+/// Whether [`fit`] can set the policy's budget. One that has none is compared as it is.
+pub fn sweepable(registry: &Registry, text: &str) -> bool {
+    parameter(registry, text).is_ok()
+}
+
+/// The first number of `from..=to` for which `accepts` holds, `to + 1` if none; `accepts` is monotone.
+fn partition(from: usize, to: usize, accepts: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (from, to + 1);
+    while low < high {
+        let middle = (low + high) / 2;
+        if accepts(middle) { high = middle } else { low = middle + 1 }
+    }
+    low
+}
+
+/// The byte range of the innermost policy of a text.
+fn innermost(text: &str) -> std::ops::Range<usize> {
+    let start = text.rfind('(').map_or(0, |at| at + 1);
+    let end = text[start..].find(')').map_or(text.len(), |at| start + at);
+    // `every(n, policy)`: the number is not part of it.
+    let number = text[start..end].split_once(',').filter(|(first, _)| first.trim().parse::<u32>().is_ok());
+    (start + number.map_or(0, |(first, _)| first.len() + 1))..end
+}
+
+fn parameter(registry: &Registry, text: &str) -> std::result::Result<&'static str, String> {
+    if text.contains("per-layer") {
+        return Err("per-layer cannot be swept: it has a budget for each range".into());
+    }
+    let inner = &text[innermost(text)];
+    let name = inner.split(':').next().unwrap_or_default().trim();
+    let entry = registry.entries().iter().find(|e| e.info.name == name);
+    let required = |e: &crate::registry::Entry| e.info.params.iter().find(|p| p.default.is_none()).map(|p| p.name);
+    let found = entry.and_then(required).filter(|name| ["budget", "size"].contains(name));
+    found.ok_or_else(|| format!("`{name}` has no budget to sweep"))
+}
+
+/// The text with `parameter=n` in its innermost policy.
+fn set(text: &str, parameter: &str, n: usize) -> String {
+    let range = innermost(text);
+    let inner = text[range.clone()].trim();
+    let (name, params) = inner.split_once(':').unwrap_or((inner, ""));
+    let is_other = |p: &&str| !p.is_empty() && p.split('=').next().map(str::trim) != Some(parameter);
+    let others: String = params.split(',').map(str::trim).filter(is_other).map(|p| format!(",{p}")).collect();
+    let space = if text[..range.start].ends_with(',') { " " } else { "" };
+    format!("{}{space}{name}:{parameter}={n}{others}{}", &text[..range.start], &text[range.end..])
+}
+
+/// The shape of a `ppl` run.
+struct Run {
+    prompt: usize,
+    decoded: usize,
+}
+
+impl Run {
+    /// Mean entries of a dense row over the sampled steps.
+    fn dense(&self) -> f64 {
+        self.prompt as f64 + self.decoded as f64 / 2.0
+    }
+
+    /// Mean entries of a row under the policy: counted, not run.
+    fn live(&self, policy: &dyn Policy, spec: &ModelSpec) -> Result<f64> {
+        let layers = (0..spec.layers).map(|layer| self.live_in_layer(policy, &LayerCx { layer, spec }));
+        Ok(layers.collect::<Result<Vec<f64>>>()?.iter().sum::<f64>() / spec.layers as f64)
+    }
+
+    fn live_in_layer(&self, policy: &dyn Policy, cx: &LayerCx) -> Result<f64> {
+        let (when, protect) = (policy.when(cx), policy.protect(cx));
+        let marks_all = matches!(policy.on_write(cx, &one_token(cx.spec)?)?.evict, Evict::Always);
+        let shielded = |seen: usize| seen.min(protect.sinks as usize + protect.recent as usize) as f64;
+        let trimmed = |live: f64, seen: usize| match policy.budget(cx, seen) {
+            Budget::Unlimited => live,
+            Budget::PerHead(n) => live.min(n.floor().max(shielded(seen))),
+            Budget::Heads(n) => live.min(n.iter().sum::<usize>() as f64 / n.len().max(1) as f64),
+            Budget::Pooled { total, .. } => live.min((total as f64 / cx.spec.kv_heads as f64).max(shielded(seen))),
+        };
+        let mut live = if marks_all { shielded(self.prompt) } else { self.prompt as f64 };
+        if when.prefill_end {
+            live = trimmed(live, self.prompt);
+        }
+        let mut sum = live;
+        for step in 1..=self.decoded {
+            let seen = self.prompt + step;
+            live = if marks_all { shielded(seen) } else { live + 1.0 };
+            if when.every.is_some_and(|n| step.is_multiple_of(n.get() as usize)) {
+                live = trimmed(live, seen);
+            }
+            sum += live;
+        }
+        Ok(sum / (self.decoded + 1) as f64)
+    }
+}
+
+/// A token to ask a policy what it marks.
+fn one_token(spec: &ModelSpec) -> Result<NewTokens> {
+    let zeros = |heads| Tensor::zeros((1, heads, spec.head_dim), DType::F32, &Device::Cpu);
+    Ok(NewTokens {
+        q: zeros(spec.q_heads)?,
+        k: zeros(spec.kv_heads)?,
+        v: zeros(spec.kv_heads)?,
+        evict_logits: None,
+        positions: Tensor::zeros(1, DType::U32, &Device::Cpu)?,
+    })
+}

@@ -1,0 +1,66 @@
+//! A backend that reclaims dead entries only when it feels like it.
+
+use super::Rng;
+use candle_core::{Device, Tensor};
+use kvpolicy::{
+    Budget, Error, Held, Needs, NewTokens, Protect, Result, Score, SeqId, Span, Usage, Verdict,
+    backend::{Attention, Backend, Storage, Tap},
+};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+/// Forwards everything, but skips a random half of the calls of `expire` as long as `idle` holds.
+#[derive(Debug)]
+pub(crate) struct Lazy {
+    pub(crate) inner: Box<dyn Backend>,
+    pub(crate) rng: Rng,
+    pub(crate) idle: Arc<AtomicBool>,
+}
+
+impl Storage for Lazy {
+    fn expire(&mut self, layer: usize, spans: &[Span], protect: Protect) -> Result<()> {
+        if self.idle.load(Relaxed) && self.rng.chance(0.5) {
+            return Ok(());
+        }
+        self.inner.expire(layer, spans, protect)
+    }
+
+    fn device(&self) -> &Device {
+        self.inner.device()
+    }
+    fn prepare(&mut self, needs: &[Needs]) -> Vec<String> {
+        self.inner.prepare(needs)
+    }
+    fn append(&mut self, layer: usize, spans: &[Span], new: &NewTokens, v: &Verdict, protect: Protect) -> Result<()> {
+        self.inner.append(layer, spans, new, v, protect)
+    }
+    fn observe(&mut self, layer: usize, spans: &[Span], q: &Tensor) -> Result<()> {
+        self.inner.observe(layer, spans, q)
+    }
+    fn trim(&mut self, layer: usize, spans: &[Span], s: &Score, budgets: &[Budget], protect: Protect) -> Result<()> {
+        self.inner.trim(layer, spans, s, budgets, protect)
+    }
+    fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>> {
+        self.inner.held(layer, spans)
+    }
+    fn release(&mut self, seq: SeqId) {
+        self.inner.release(seq);
+    }
+    fn take_failures(&mut self) -> Vec<(SeqId, Error)> {
+        self.inner.take_failures()
+    }
+    fn usage(&self) -> Usage {
+        self.inner.usage()
+    }
+    fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32> {
+        self.inner.held_positions(layer, seq, kv_head)
+    }
+}
+
+impl Attention for Lazy {
+    fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor> {
+        self.inner.attend(layer, spans, q, protect, tap)
+    }
+}
