@@ -83,11 +83,19 @@ impl Registry {
     /// # Errors
     /// [`Error::Policy`] of the first that is wrong, or if there is none.
     pub fn parse_list(&self, list: &str) -> Result<Vec<(String, Arc<dyn Policy>)>> {
+        Self::split_list(list)?.into_iter().map(|text| Ok((text.to_string(), self.parse(text)?))).collect()
+    }
+
+    /// The texts of a list separated by `;`, not yet parsed.
+    ///
+    /// # Errors
+    /// [`Error::Policy`] if there is none.
+    pub fn split_list(list: &str) -> Result<Vec<&str>> {
         let texts: Vec<&str> = split_outside(list, ';').into_iter().map(str::trim).filter(|t| !t.is_empty()).collect();
         if texts.is_empty() {
             return Err(Error::Policy { text: list.to_string(), reasons: vec!["the list names no policy".into()] });
         }
-        texts.into_iter().map(|text| Ok((text.to_string(), self.parse(text)?))).collect()
+        Ok(texts)
     }
 
     /// Reads the policy that `args` wraps; faults are recorded in `args`.

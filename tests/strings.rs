@@ -533,10 +533,11 @@ fn a_cache_refuses_what_its_model_cannot_run_with_every_reason() {
             vec!["layers 2-9 are beyond", "the model has no RoPE to average", "the model has no decision gates"],
         ),
     ] {
+        // The backend may have reasons of its own beside these.
         let told = refusal(text, &bare);
-        assert_eq!(told.len(), want.len(), "`{text}`: {told:#?}");
-        for (told, want) in told.iter().zip(want) {
-            assert!(told.contains(want), "`{text}`: `{told}` does not say `{want}`");
+        for want in want {
+            let times = told.iter().filter(|reason| reason.contains(want)).count();
+            assert_eq!(times, 1, "`{text}` says `{want}` {times} times: {told:#?}");
         }
     }
     for text in EVERY_POLICY {

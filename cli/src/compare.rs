@@ -49,7 +49,11 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let tasks = Task::parse_list(&args.tasks)?;
-    let policies = registry.parse_list(&args.policies)?; // before the model is loaded: a typing error costs no wait
+    let policies = Registry::split_list(&args.policies)?;
+    // Before the model is loaded: a typing error costs no wait. A sweep fills in what is missing.
+    for text in policies.iter().filter(|text| args.sweep.is_empty() || !compare::sweepable(registry, text)) {
+        registry.parse(text)?;
+    }
     let text = read_text(&args.text)?;
     let hosted = args.model.load()?;
     let contests = args.context.iter().map(|&context| contest(args, registry, &hosted, &policies, context));
@@ -69,22 +73,16 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     Ok(())
 }
 
-fn contest(
-    args: &Args,
-    registry: &Registry,
-    hosted: &Hosted,
-    policies: &[(String, std::sync::Arc<dyn kvpolicy::Policy>)],
-    context: usize,
-) -> Result<Contest> {
+fn contest(args: &Args, registry: &Registry, hosted: &Hosted, policies: &[&str], context: usize) -> Result<Contest> {
     let mut contenders = vec![];
-    for (label, policy) in policies {
-        if args.sweep.is_empty() || !compare::sweepable(registry, label) {
-            contenders.push(Contender { label: label.clone(), policy: policy.clone() });
+    for text in policies {
+        if args.sweep.is_empty() || !compare::sweepable(registry, text) {
+            contenders.push(Contender { label: text.to_string(), policy: registry.parse(text)? });
             continue;
         }
         for &ratio in &args.sweep {
-            let (text, policy) = compare::fit(registry, label, &hosted.spec(), context, ratio)?;
-            contenders.push(Contender { label: text, policy });
+            let (label, policy) = compare::fit(registry, text, &hosted.spec(), context, ratio)?;
+            contenders.push(Contender { label, policy });
         }
     }
     Ok(Contest { context, contenders })

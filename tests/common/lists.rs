@@ -32,6 +32,8 @@ pub(crate) struct Method<'a> {
     pub(crate) sinks: usize,
     pub(crate) recent: usize,
     pub(crate) every: Option<usize>,
+    /// Whether scores that are equal in f64 are also equal in f32, so that the older has to go.
+    pub(crate) ties: bool,
     pub(crate) rank: Box<dyn Fn(&Lists, usize) -> Vec<f64> + 'a>,
 }
 
@@ -118,7 +120,8 @@ impl<'a> Lists<'a> {
             dropped = score;
         }
         let gap = lowest(&rows).map_or(f64::INFINITY, |(_, score)| score - dropped);
-        if gap != 0.0 && gap < 1e-5 * dropped.abs().max(1e-3) {
+        let tied = gap == 0.0 && method.ties;
+        if !tied && gap < 1e-5 * dropped.abs().max(1e-3) {
             self.clear = false;
         }
         self.heads[head] = rows.into_iter().map(|(_, e)| e).collect();

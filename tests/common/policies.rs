@@ -68,12 +68,11 @@ impl Policy for FirstComponent {
     }
 }
 
-/// Marks as DMS does and ranks what is left: by attention mass, or by the mean of the held keys.
+/// Marks as DMS does and ranks what is left by attention mass.
 #[derive(Debug)]
 pub(crate) struct MarkAndRank {
     pub(crate) recent: u32,
     pub(crate) budget: Budget,
-    pub(crate) by_keys: bool,
 }
 
 impl fmt::Display for MarkAndRank {
@@ -98,14 +97,6 @@ impl Policy for MarkAndRank {
     }
     fn when(&self, _: &LayerCx) -> When {
         When::ALWAYS
-    }
-    fn score(&self, _: &LayerCx, held: &dyn Held) -> Result<Score> {
-        if !self.by_keys {
-            return Ok(Score::Carried);
-        }
-        let keys = held.keys()?;
-        let mean: Tensor = keys.sum_keepdim(1)?;
-        Ok(Score::Dense(keys.broadcast_mul(&mean)?.sum(2)?.neg()?.to_dtype(DType::F32)?))
     }
 }
 

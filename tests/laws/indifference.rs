@@ -84,11 +84,8 @@ fn same(got: &Seen, want: &Seen, what: &str) {
 /// Every registered policy with what it does on its own.
 fn each(check: impl Fn(&str, &Arc<dyn Policy>, &Seen)) {
     let own: [(&str, Arc<dyn Policy>); 2] = [
-        ("mark-and-rank", Arc::new(MarkAndRank { recent: 4, budget: Budget::PerHead(9.0), by_keys: false })),
-        (
-            "mark-and-rank, pooled",
-            Arc::new(MarkAndRank { recent: 4, budget: Budget::Pooled { total: 20, floor: 6 }, by_keys: false }),
-        ),
+        ("mark-and-rank", Arc::new(MarkAndRank { recent: 4, budget: Budget::PerHead(9.0) })),
+        ("mark-and-rank, pooled", Arc::new(MarkAndRank { recent: 4, budget: Budget::Pooled { total: 20, floor: 6 } })),
     ];
     let registered = EVERY_POLICY.iter().map(|text| (*text, policy(text)));
     for (text, policy) in registered.chain(own) {
@@ -182,17 +179,6 @@ fn the_time_of_reclaim_never_matters() {
             assert_eq!(got.held[&TOKENS], want.held[&TOKENS], "{text}: held once all was reclaimed");
         }
     });
-}
-
-#[test]
-fn a_ranking_never_sees_entries_that_are_dead_but_not_reclaimed() {
-    let policy: Arc<dyn Policy> = Arc::new(MarkAndRank { recent: 4, budget: Budget::PerHead(9.0), by_keys: true });
-    let want = plain(&policy, 16, turns(whole));
-    for seed in 0..4 {
-        let got = reclaimed_late(&policy, seed);
-        same_outputs(&got, &want, "mark-and-rank by keys, reclaimed late");
-        assert_eq!(got.held[&TOKENS], want.held[&TOKENS]);
-    }
 }
 
 #[test]
