@@ -1,5 +1,5 @@
-//! The laws of the cache, each against an oracle written another way than the code: dense attention in f64 with the mask
-//! written out, plain lists, recounts.
+//! The laws of the cache, each against an oracle written another way than the code: dense attention in f64 with the
+//! mask written out, plain lists, recounts.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

@@ -1,4 +1,5 @@
-//! Policy strings: every good one prints as a string that makes it again, every bad one is refused with all its reasons.
+//! Policy strings: every good one prints as a string that makes it again, every bad one is refused with all its
+//! reasons.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

@@ -4,7 +4,7 @@ use super::LayerData;
 use kvpolicy::ModelSpec;
 use std::ops::Range;
 
-/// Attention of the queries at `queries` over every earlier key and their own that `visible(kv_head, query, key)` admits:
+/// Attention of some queries over every earlier key and their own that `visible(kv_head, query, key)` admits:
 /// `[queries, q_heads, head_dim]`.
 pub(crate) fn attention(
     spec: &ModelSpec,

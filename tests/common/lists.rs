@@ -26,7 +26,10 @@ pub(crate) struct Lists<'a> {
     pub(crate) clear: bool,
 }
 
-/// A method: what it keeps, when, and how it ranks the entries of a head (higher stays).
+/// The scores of one head's entries, oldest first; higher stays.
+pub(crate) type Rank<'a> = Box<dyn Fn(&Lists, usize) -> Vec<f64> + 'a>;
+
+/// A method: what it keeps, when, and how it ranks.
 pub(crate) struct Method<'a> {
     pub(crate) keep: Box<dyn Fn(usize) -> usize + 'a>,
     pub(crate) sinks: usize,
@@ -34,7 +37,7 @@ pub(crate) struct Method<'a> {
     pub(crate) every: Option<usize>,
     /// Whether scores that are equal in f64 are also equal in f32, so that the older has to go.
     pub(crate) ties: bool,
-    pub(crate) rank: Box<dyn Fn(&Lists, usize) -> Vec<f64> + 'a>,
+    pub(crate) rank: Rank<'a>,
 }
 
 impl<'a> Lists<'a> {

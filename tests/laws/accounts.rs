@@ -136,7 +136,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(cases(60))]
+    #![proptest_config(cases(120))]
 
     #[test]
     fn the_books_balance_after_every_operation(

@@ -51,7 +51,7 @@ fn budget() -> impl Strategy<Value = Budget> {
 }
 
 proptest! {
-    #![proptest_config(cases(64))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn what_stays_is_what_dropping_one_at_a_time_leaves(

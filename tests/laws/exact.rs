@@ -33,7 +33,7 @@ fn equals_dense(spec: &ModelSpec, dtype: DType, page_size: usize, lens: &[usize]
 }
 
 proptest! {
-    #![proptest_config(cases(48))]
+    #![proptest_config(cases(96))]
 
     /// Chunks, decode, turns and batch mates in mixed phases are all in the random lives.
     #[test]

@@ -54,7 +54,7 @@ fn equals_mask(text: &str, batch: &Batch, visible: impl Fn(&Stream, usize, usize
 }
 
 proptest! {
-    #![proptest_config(cases(40))]
+    #![proptest_config(cases(80))]
 
     #[test]
     fn window_and_sinks_equal_their_mask(batch in batch(), size in 1..=20usize, sinks in 0..=6usize) {

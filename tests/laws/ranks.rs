@@ -8,6 +8,7 @@ use crate::common::{
 };
 use kvpolicy::ModelSpec;
 use proptest::{prelude::*, sample::select, test_runner::TestCaseError};
+use std::slice::from_ref;
 
 type Verdict = Result<(), TestCaseError>;
 
@@ -71,7 +72,7 @@ fn equals_lists(text: &str, case: &Case, method: &Method) -> Verdict {
     let Case { spec, page_size, tokens, longest, seed } = case;
     let mut rng = Rng(*seed);
     let stream = Stream::random(spec, *tokens, rng.draw());
-    let mut play = Play::new(spec, policy(text), *page_size).with(std::slice::from_ref(&stream));
+    let mut play = Play::new(spec, policy(text), *page_size).with(from_ref(&stream));
     let mut layers: Vec<Lists> = stream.layers.iter().map(|data| Lists::new(spec, data)).collect();
     for (len, phase) in life(&mut rng, *tokens, *longest) {
         let before = layers[0].seen * spec.q_heads * spec.head_dim;
@@ -118,7 +119,7 @@ fn norm(x: &[f64]) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(cases(40))]
+    #![proptest_config(cases(80))]
 
     /// Sums run over prefill and decode, entries of earlier trims and turns included.
     #[test]
@@ -198,7 +199,7 @@ proptest! {
         let mut rng = Rng(case.seed);
         let stream = Stream::random(&case.spec, case.tokens, 1);
         let held = |text: &str, moves: &[(usize, kvpolicy::Phase)]| {
-            let mut play = Play::new(&case.spec, policy(text), case.page_size).with(std::slice::from_ref(&stream));
+            let mut play = Play::new(&case.spec, policy(text), case.page_size).with(from_ref(&stream));
             moves.iter().for_each(|&(len, phase)| play.run(&[vec![(0, len, phase)]]));
             play.rows(0)
         };
@@ -220,7 +221,7 @@ fn random_differs_between_rows_and_seeds_and_spreads_over_the_prompt() {
     let spec = complete(2, 2, 2, 8);
     let stream = Stream::random(&spec, 1_000, 0);
     let rows = |seed: usize| {
-        let mut play = Play::new(&spec, policy(&format!("random:budget=500,seed={seed}")), 16).with(&[stream.clone()]);
+        let mut play = Play::new(&spec, policy(&format!("random:budget=500,seed={seed}")), 16).with(from_ref(&stream));
         play.run(&[vec![(0, 1_000, LAST)]]);
         play.rows(0)
     };

@@ -70,7 +70,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |what: String| -> std::result::Result<(), minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, what))
         });
-        environment.add_template_owned(NAME, source.to_owned()).map_err(template)?;
+        environment.add_template_owned(NAME, without_training_marks(source)).map_err(template)?;
         Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
@@ -155,6 +155,18 @@ impl ChatTemplate {
         };
         self.environment.get_template(NAME).and_then(|chat| chat.render(context)).map_err(template)
     }
+}
+
+/// Trained models keep `{% generation %}` blocks, which only say what the loss is computed on; the tags of an `if`
+/// treat the spaces around them the same.
+fn without_training_marks(source: &str) -> String {
+    let mut source = source.to_owned();
+    for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
+        source = source
+            .replace(&format!("{open} generation {close}"), &format!("{open} if true {close}"))
+            .replace(&format!("{open} endgeneration {close}"), &format!("{open} endif {close}"));
+    }
+    source
 }
 
 fn template(error: minijinja::Error) -> Error {
@@ -287,4 +299,227 @@ fn strftime(format: &str, seconds: u64) -> std::result::Result<String, minijinja
         });
     }
     Ok(out)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use std::path::PathBuf;
+
+    use candle_core::quantized::gguf_file::Content;
+
+    use super::*;
+
+    fn say(role: &str, content: &str) -> Message {
+        Message::new(role, content)
+    }
+
+    fn render(source: &str, messages: &[Message]) -> String {
+        ChatTemplate::new(source, "<s>", "</s>").unwrap().render(messages, true).unwrap()
+    }
+
+    /// A tiny GGUF's metadata.
+    fn gguf(template: Option<&str>) -> HashMap<String, gguf_file::Value> {
+        let tokens = ["a", "<s>", "</s>"].map(|token| gguf_file::Value::String(token.to_owned())).to_vec();
+        let mut metadata = HashMap::from([
+            ("tokenizer.ggml.tokens".to_owned(), gguf_file::Value::Array(tokens)),
+            ("tokenizer.ggml.bos_token_id".to_owned(), gguf_file::Value::U32(1)),
+            ("tokenizer.ggml.eos_token_id".to_owned(), gguf_file::Value::U32(2)),
+        ]);
+        if let Some(template) = template {
+            metadata.insert("tokenizer.chat_template".to_owned(), gguf_file::Value::String(template.to_owned()));
+        }
+        metadata
+    }
+
+    #[test]
+    fn chatml_puts_its_default_system_prompt_first() {
+        let chatml = "{%- if messages[0]['role'] != 'system' %}\n    {{- '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}\n\
+            {%- endif %}\n{%- for message in messages %}\n    \
+            {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n{%- endfor %}\n\
+            {%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n";
+        let user = say("user", "Hi <b>&");
+        assert_eq!(
+            render(chatml, std::slice::from_ref(&user)),
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi <b>&<|im_end|>\n<|im_start|>assistant\n"
+        );
+        let template = ChatTemplate::new(chatml, "", "").unwrap();
+        assert_eq!(
+            template.render(&[say("system", "Be short."), user], false).unwrap(),
+            "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi <b>&<|im_end|>\n"
+        );
+    }
+
+    #[test]
+    fn llama3_writes_bos_and_a_date_and_sees_no_tools() {
+        let llama3 = "{{- bos_token }}\n{%- if not date_string is defined %}\n    \
+            {%- if strftime_now is defined %}\n        {%- set date_string = strftime_now('%d %b %Y') %}\n    \
+            {%- endif %}\n{%- endif %}\n{%- if not tools is defined %}\n    {%- set tools = none %}\n{%- endif %}\n\
+            {%- if messages[0]['role'] == 'system' %}\n    {%- set system = messages[0]['content'] | trim %}\n    \
+            {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system = '' %}\n{%- endif %}\n\
+            {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}\n\
+            {%- if tools is not none %}\n    {{- 'Environment: ipython\\n' }}\n{%- endif %}\n\
+            {{- 'Today: ' + date_string + '\\n\\n' }}\n{{- system }}\n{{- '<|eot_id|>' }}\n\
+            {%- for m in messages %}\n    {%- if not 'tool_calls' in m %}\n        {{- '<|start_header_id|>' + \
+            m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}\n    {%- endif %}\n\
+            {%- endfor %}\n{%- if add_generation_prompt %}\n    \
+            {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n";
+        let today = strftime("%d %b %Y", now()).unwrap();
+        let text = render(llama3, &[say("system", " Be short. "), say("user", " Hi ")]);
+        // The day may have changed between the two looks at the clock.
+        let text = text.replace(&strftime("%d %b %Y", now()).unwrap(), &today);
+        assert_eq!(
+            text,
+            format!(
+                "<s><|start_header_id|>system<|end_header_id|>\n\nToday: {today}\n\nBe short.<|eot_id|>\
+                 <|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>\
+                 <|start_header_id|>assistant<|end_header_id|>\n\n"
+            )
+        );
+    }
+
+    #[test]
+    fn python_methods_slices_and_namespaces_work() {
+        let thinking = "{%- set ns = namespace(last=-1) %}\n{%- for m in messages[::-1] %}\n    \
+            {%- if ns.last < 0 and m.role == 'user' and not m.content.startswith('<tool') %}\n        \
+            {%- set ns.last = (messages|length - 1) - loop.index0 %}\n    {%- endif %}\n{%- endfor %}\n\
+            {%- for m in messages %}\n    {%- set content = m.content %}\n    {%- if '</think>' in content %}\n        \
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}\n    {%- endif %}\n    \
+            {%- if m.get('tool_calls') is none and m.reasoning is not defined %}{{- m.role.upper() ~ ': ' ~ content }}\
+            {%- endif %}\n    {%- if loop.index0 == ns.last %}{{- ' <' }}{% endif %}{{ '\\n' }}\n{%- endfor %}";
+        let messages = [say("user", "2+2?"), say("assistant", "<think>\nhm\n</think>\n\n4"), say("user", "+1?")];
+        assert_eq!(render(thinking, &messages), "USER: 2+2?\nASSISTANT: 4\nUSER: +1? <\n");
+    }
+
+    #[test]
+    fn blocks_on_lines_of_their_own_leave_no_trace() {
+        let source =
+            "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\nend\n";
+        assert_eq!(render(source, &[say("user", "a"), say("user", "b")]), "a\nb\nend");
+    }
+
+    #[test]
+    fn json_is_written_as_python_does() {
+        assert_eq!(
+            render("{{ messages | tojson }}", &[say("user", "<é>'")]),
+            r#"[{"role": "user", "content": "<é>'"}]"#
+        );
+        assert_eq!(
+            render("{{ {'a': [1, true, none]} | tojson(indent=2) }}", &[]),
+            "{\n  \"a\": [\n    1,\n    true,\n    null\n  ]\n}"
+        );
+        assert_eq!(render("{{ [[], {}] | tojson(ensure_ascii=false) }}", &[]), "[[], {}]");
+    }
+
+    #[test]
+    fn generation_blocks_are_transparent() {
+        let source = "{% for m in messages %}\n{% generation %}\n{{ m.content }}{%- endgeneration %}\n{% endfor %}";
+        assert_eq!(render(source, &[say("user", "a"), say("user", "b")]), "ab");
+    }
+
+    #[test]
+    fn a_template_may_refuse_a_conversation() {
+        let source = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}ok";
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        assert_eq!(template.render(&[say("user", "a")], false).unwrap(), "ok");
+        let error = template.render(&[say("system", "a")], false).unwrap_err().to_string();
+        assert!(error.starts_with("chat template: ") && error.contains("roles must alternate"), "{error}");
+        assert!(ChatTemplate::new("{% if %}", "", "").is_err());
+        assert!(matches!(
+            ChatTemplate::new("{{ m.x.y }}", "", "").unwrap().render(&[], false),
+            Err(Error::Template(_))
+        ));
+    }
+
+    #[test]
+    fn a_missing_bos_is_undefined() {
+        let source = "{% if bos_token is defined %}{{ bos_token }}{% else %}none{% endif %}{{ eos_token }}";
+        assert_eq!(ChatTemplate::new(source, "", "").unwrap().render(&[], false).unwrap(), "none");
+    }
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let at = |format: &str, seconds: u64| strftime(format, seconds).unwrap();
+        assert_eq!(at("%d %b %Y", 0), "01 Jan 1970");
+        // 2024-02-29 23:59:59 UTC, a Thursday, and the second after.
+        assert_eq!(
+            at("%A %a %d %B %m %y %j %H:%M:%S %I%p", 1_709_251_199),
+            "Thursday Thu 29 February 02 24 060 23:59:59 11PM"
+        );
+        assert_eq!(at("%F %T %-d %-m %e%%|%Z%z", 1_709_251_200), "2024-03-01 00:00:00 1 3  1%|UTC+0000");
+        assert_eq!(at("%Y-%m-%d", 4_102_444_799), "2099-12-31");
+        assert!(strftime("%Q", 0).is_err() && strftime("%", 0).is_err());
+    }
+
+    #[test]
+    fn a_folder_has_a_file_or_an_entry_or_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let write = |name: &str, text: &str| fs::write(dir.join(name), text).unwrap();
+        let read = || ChatTemplate::from_hf_dir(dir).map(|found| found.map(|t| t.render(&[], false).unwrap()));
+        assert_eq!(read().unwrap(), None);
+        write("tokenizer_config.json", r#"{"bos_token": {"content": "<s>"}, "eos_token": null}"#);
+        assert_eq!(read().unwrap(), None);
+        write("tokenizer_config.json", r#"{"bos_token": {"content": "<s>"}, "chat_template": "one {{ bos_token }}"}"#);
+        assert_eq!(read().unwrap().unwrap(), "one <s>");
+        write(
+            "tokenizer_config.json",
+            r#"{"eos_token": "</s>", "chat_template": [{"name": "rag", "template": "no"},
+                {"name": "default", "template": "two {{ eos_token }}"}]}"#,
+        );
+        assert_eq!(read().unwrap().unwrap(), "two </s>");
+        write("chat_template.jinja", "three {{ eos_token }}\n");
+        assert_eq!(read().unwrap().unwrap(), "three </s>");
+
+        fs::remove_file(dir.join("chat_template.jinja")).unwrap();
+        for broken in ["{", r#"{"chat_template": 1}"#, r#"{"chat_template": [{"name": "rag", "template": "x"}]}"#] {
+            write("tokenizer_config.json", broken);
+            let error = read().unwrap_err().to_string();
+            assert!(error.contains("tokenizer_config.json"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_gguf_has_a_template_or_not() {
+        assert!(ChatTemplate::from_gguf(&gguf(None)).unwrap().is_none());
+        let template = ChatTemplate::from_gguf(&gguf(Some("{{ bos_token }}.{{ eos_token }}"))).unwrap().unwrap();
+        assert_eq!(template.render(&[], true).unwrap(), "<s>.</s>");
+        let mut metadata = gguf(None);
+        metadata.insert("tokenizer.chat_template".to_owned(), gguf_file::Value::U32(1));
+        assert!(matches!(ChatTemplate::from_gguf(&metadata), Err(Error::Template(_))));
+    }
+
+    #[test]
+    fn real_templates_render() {
+        let cases = [
+            (
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+                 <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            ),
+            (
+                "qwen2.5-coder-0.5b-instruct.gguf",
+                "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n\
+                 <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            ),
+        ];
+        let Some(folder) = std::env::var_os("KVPOLICY_MODELS").map(PathBuf::from) else {
+            println!("skipped: KVPOLICY_MODELS is not set to a folder with {} and {}", cases[0].0, cases[1].0);
+            return;
+        };
+        for (file, first) in cases {
+            let Ok(mut open) = fs::File::open(folder.join(file)) else {
+                println!("skipped: {} has no {file}", folder.display());
+                continue;
+            };
+            let metadata = Content::read(&mut open).unwrap().metadata;
+            let template = ChatTemplate::from_gguf(&metadata).unwrap().unwrap();
+            assert_eq!(template.render(&[say("user", "Hi")], true).unwrap(), first);
+            let talk = [say("system", "S"), say("user", "U"), say("assistant", "A")];
+            assert_eq!(
+                template.render(&talk, false).unwrap(),
+                "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+            );
+        }
+    }
 }

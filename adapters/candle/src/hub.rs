@@ -289,3 +289,203 @@ impl Hub {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use std::collections::HashMap;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::{Arc, Mutex};
+    use std::time::Instant;
+
+    use super::*;
+
+    fn hub(folder: &Path, endpoint: &str) -> Hub {
+        Hub { cache: Cache::new(folder.to_path_buf()), endpoint: endpoint.to_owned(), token: None, offline: false }
+    }
+
+    /// A stand-in for the hub on this machine: the files by path and the requests it got.
+    struct Server {
+        endpoint: String,
+        files: Arc<Mutex<HashMap<String, String>>>,
+        commit: Arc<Mutex<String>>,
+        asked: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl Server {
+        fn start(files: &[(&str, &str)]) -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let files = files.iter().map(|&(path, body)| (path.to_owned(), body.to_owned())).collect();
+            let server = Self {
+                endpoint: format!("http://{}", listener.local_addr().unwrap()),
+                files: Arc::new(Mutex::new(files)),
+                commit: Arc::new(Mutex::new("c0ffee".to_owned())),
+                asked: Arc::default(),
+            };
+            let (files, commit, asked) = (server.files.clone(), server.commit.clone(), server.asked.clone());
+            thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    answer(stream, &files, &commit, &asked);
+                }
+            });
+            server
+        }
+    }
+
+    fn answer(
+        stream: TcpStream,
+        files: &Mutex<HashMap<String, String>>,
+        commit: &Mutex<String>,
+        asked: &Mutex<Vec<String>>,
+    ) -> Option<()> {
+        let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
+        let path = lines.next()?.ok()?.split(' ').nth(1)?.trim_start_matches('/').to_owned();
+        let mut from_start = true;
+        for line in lines.by_ref() {
+            let line = line.ok()?.to_ascii_lowercase();
+            if line.is_empty() {
+                break;
+            }
+            from_start &= line != "range: bytes=0-0";
+        }
+        asked.lock().unwrap().push(path.clone());
+        let commit = commit.lock().unwrap().clone();
+        let reply = match files.lock().unwrap().get(&path) {
+            Some(body) if body.starts_with("status ") => {
+                let code = body.trim_start_matches("status ");
+                let (status, code) = code.split_once(' ').unwrap_or((code, ""));
+                format!("HTTP/1.1 {status} No\r\nx-error-code: {code}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            }
+            Some(body) => {
+                let part = if from_start { body.as_str() } else { &body[..1] };
+                let (last, size, length) = (part.len() - 1, body.len(), part.len());
+                format!(
+                    "HTTP/1.1 206 Partial Content\r\nx-repo-commit: {commit}\r\netag: \"{}\"\r\n\
+                     content-range: bytes 0-{last}/{size}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{part}",
+                    path.replace('/', "-"),
+                )
+            }
+            None => "HTTP/1.1 404 Not Found\r\nx-error-code: EntryNotFound\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                .to_owned(),
+        };
+        (&stream).write_all(reply.as_bytes()).ok()
+    }
+
+    #[test]
+    fn an_id_has_a_name_and_may_have_a_revision_or_a_file() {
+        let id = |repo, revision, file| Id { repo, revision, file };
+        assert_eq!(Id::parse("org/name").unwrap(), id("org/name", "main", None));
+        assert_eq!(Id::parse("org/na.me-1@refs/pr/1").unwrap(), id("org/na.me-1", "refs/pr/1", None));
+        assert_eq!(Id::parse("org/name/q4.gguf").unwrap(), id("org/name", "main", Some("q4.gguf")));
+        assert_eq!(Id::parse("org/name/sub/q4.GGUF@v1").unwrap(), id("org/name", "v1", Some("sub/q4.GGUF")));
+        for bad in
+            ["", "name", "/name", "org/", "org/../x", "org/name@", "org/name/file.bin", "a b/c", "org/n/../x.gguf"]
+        {
+            let error = Id::parse(bad).unwrap_err().to_string();
+            assert!(error.contains("is no model id") && error.contains("org/name/file.gguf"), "{error}");
+        }
+    }
+
+    #[test]
+    fn without_a_network_the_message_comes_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        // Nothing listens on port 1; the name does not exist; the key forbids it.
+        let closed = hub(folder.path(), "http://127.0.0.1:1");
+        let unknown = hub(folder.path(), "https://hub.invalid");
+        let forbidden = Hub { offline: true, ..hub(folder.path(), "https://huggingface.co") };
+        for hub in [closed, unknown, forbidden] {
+            for id in ["org/name", "org/name/q4.gguf"] {
+                let start = Instant::now();
+                let error = hub.fetch(id).unwrap_err().to_string();
+                assert!(start.elapsed() < PATIENCE + Duration::from_secs(2));
+                assert!(error.starts_with(&format!("hub: {id}: ")), "{error}");
+                assert!(error.contains("cannot be reached") && error.contains("a local model folder or a GGUF file"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_model_is_fetched_once_and_then_needs_no_network() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::start(&[
+            ("org/name/resolve/main/config.json", "{}"),
+            ("org/name/resolve/main/tokenizer.json", "{\"a\":1}"),
+            ("org/name/resolve/main/model.safetensors", "weights"),
+            ("org/name/resolve/main/dms_metadata.json", "{\"b\":1}"),
+            ("org/name/resolve/main/sub/q4.gguf", "GGUF"),
+        ]);
+        let dir = hub(folder.path(), &server.endpoint).fetch("org/name").unwrap();
+        assert!(dir.ends_with("models--org--name/snapshots/c0ffee"), "{}", dir.display());
+        assert_eq!(std::fs::read_to_string(dir.join("model.safetensors")).unwrap(), "weights");
+        assert!(dir.join("dms_metadata.json").exists() && !dir.join("chat_template.jinja").exists());
+        let asked = server.asked.lock().unwrap().len();
+
+        let offline = Hub { offline: true, ..hub(folder.path(), &server.endpoint) };
+        assert_eq!(offline.fetch("org/name").unwrap(), dir);
+        assert_eq!(server.asked.lock().unwrap().len(), asked);
+        let file = hub(folder.path(), &server.endpoint).fetch("org/name/sub/q4.gguf").unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "GGUF");
+        assert_eq!(offline.fetch("org/name/sub/q4.gguf").unwrap(), file);
+    }
+
+    #[test]
+    fn shards_come_from_the_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}}"#;
+        let server = Server::start(&[
+            ("org/name/resolve/v1/config.json", "{}"),
+            ("org/name/resolve/v1/tokenizer.json", "{}"),
+            ("org/name/resolve/v1/model.safetensors.index.json", index),
+            ("org/name/resolve/v1/m-1.safetensors", "one"),
+            ("org/name/resolve/v1/m-2.safetensors", "two"),
+        ]);
+        let dir = hub(folder.path(), &server.endpoint).fetch("org/name@v1").unwrap();
+        assert_eq!(std::fs::read_to_string(dir.join("m-2.safetensors")).unwrap(), "two");
+        let offline = Hub { offline: true, ..hub(folder.path(), &server.endpoint) };
+        assert_eq!(offline.fetch("org/name@v1").unwrap(), dir);
+
+        let path = folder.path().join("index.json");
+        for bad in ["{", "{}", r#"{"weight_map": {"a": "../../x"}}"#, r#"{"weight_map": {"a": 1}}"#] {
+            std::fs::write(&path, bad).unwrap();
+            assert!(shards(&path).unwrap_err().to_string().contains("index.json"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_branch_that_moved_is_fetched_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::start(&[
+            ("org/name/resolve/main/config.json", "{}"),
+            ("org/name/resolve/main/tokenizer.json", "{}"),
+        ]);
+        assert!(hub(folder.path(), &server.endpoint).fetch("org/name").is_err());
+        *server.commit.lock().unwrap() = "decade".to_owned();
+        let weights = ("org/name/resolve/main/model.safetensors".to_owned(), "weights".to_owned());
+        server.files.lock().unwrap().extend([weights]);
+        let dir = hub(folder.path(), &server.endpoint).fetch("org/name").unwrap();
+        assert!(dir.ends_with("decade"));
+        assert!(dir.join("config.json").exists() && dir.join("model.safetensors").exists());
+    }
+
+    #[test]
+    fn what_the_hub_refuses_is_explained() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::start(&[
+            ("org/bare/resolve/main/config.json", "{}"),
+            ("org/bare/resolve/main/tokenizer.json", "{}"),
+            ("org/gated/resolve/main/config.json", "status 401 GatedRepo"),
+            ("org/none/resolve/main/config.json", "status 401 RepoNotFound"),
+            ("org/bare/resolve/v9/config.json", "status 404 RevisionNotFound"),
+            ("org/down/resolve/main/config.json", "status 503 "),
+        ]);
+        let error = |id: &str| hub(folder.path(), &server.endpoint).fetch(id).unwrap_err().to_string();
+        assert!(error("org/bare").contains("has neither model.safetensors nor"));
+        assert!(error("org/empty").contains("the model has no config.json"));
+        assert!(error("org/bare/q4.gguf").contains("the model has no q4.gguf"));
+        assert!(error("org/gated").contains("HF_TOKEN"));
+        assert!(error("org/none").contains("no such model"));
+        assert!(error("org/bare@v9").contains("no revision v9"));
+        assert!(error("org/down").contains("503"));
+    }
+}

@@ -599,3 +599,357 @@ fn fallback_byte(token: &str) -> Option<u8> {
     let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
     (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use std::path::PathBuf;
+
+    use candle_core::quantized::gguf_file::Content;
+    use tokenizers::decoders;
+
+    use super::*;
+
+    const TEXTS: [&str; 12] = [
+        "",
+        " ",
+        "Hello world",
+        "  two  spaces  ",
+        "x = 12 + 345.678e-9",
+        "def f(x):\n    return x**2  # square\n\n\nclass A:\n\tpass\r\n",
+        "It's naïve, they'LL say: café déjà vu…",
+        "你好，世界！ こんにちは 안녕하세요 Привет",
+        "🤗😀👩‍👩‍👧🇩🇪 ④ ² ٣",
+        "{\"a\": [1, null]}\n",
+        "https://example.com/a?b=c&d=1#e",
+        "\n\n\n \n",
+    ];
+
+    fn text(value: &str) -> Value {
+        Value::String(value.to_owned())
+    }
+
+    /// GPT-2's character for a byte, found by trying.
+    fn gpt2_char(byte: u8) -> char {
+        (33..=323).filter_map(char::from_u32).find(|&c| gpt2_byte(c) == Some(byte)).unwrap()
+    }
+
+    /// Byte-level metadata: the 256 bytes, then what `merges` make, then `added` with their types.
+    fn byte_level(pre: &str, merges: &[&str], added: &[(&str, i32)]) -> HashMap<String, Value> {
+        let mut tokens: Vec<(String, i32)> = (0..=255).map(|byte| (gpt2_char(byte).to_string(), 1)).collect();
+        tokens.extend(merges.iter().map(|merge| (merge.replace(' ', ""), 1)));
+        tokens.extend(added.iter().map(|&(token, kind)| (token.to_owned(), kind)));
+        HashMap::from(
+            [
+                ("model", text("gpt2")),
+                ("pre", text(pre)),
+                ("tokens", Value::Array(tokens.iter().map(|(token, _)| text(token)).collect())),
+                ("token_type", Value::Array(tokens.iter().map(|&(_, kind)| Value::I32(kind)).collect())),
+                ("merges", Value::Array(merges.iter().map(|merge| text(merge)).collect())),
+            ]
+            .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)),
+        )
+    }
+
+    fn set(metadata: &mut HashMap<String, Value>, key: &str, value: Value) {
+        metadata.insert(format!("tokenizer.ggml.{key}"), value);
+    }
+
+    /// SentencePiece metadata: unk, bos, eos, the bytes, and `pieces`, the best first.
+    fn sentencepiece(pieces: &[&str]) -> HashMap<String, Value> {
+        let mut tokens = vec![("<unk>".to_owned(), 2), ("<s>".to_owned(), 3), ("</s>".to_owned(), 3)];
+        tokens.extend((0..=255).map(|byte| (format!("<0x{byte:02X}>"), 6)));
+        tokens.extend(pieces.iter().map(|piece| ((*piece).to_owned(), 1)));
+        HashMap::from(
+            [
+                ("model", text("llama")),
+                ("tokens", Value::Array(tokens.iter().map(|(token, _)| text(token)).collect())),
+                ("token_type", Value::Array(tokens.iter().map(|&(_, kind)| Value::I32(kind)).collect())),
+                ("scores", Value::Array((0..tokens.len()).map(|i| Value::F32(-(i as f32))).collect())),
+            ]
+            .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)),
+        )
+    }
+
+    fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
+        tokenizer.encode(text).unwrap().into_iter().map(|id| tokenizer.token_text(id).unwrap()).collect()
+    }
+
+    fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+        let mut stream = TextStream::new(tokenizer);
+        let mut out: String = ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+        out.extend(stream.finish().unwrap());
+        out
+    }
+
+    fn round_trips(tokenizer: &Tokenizer) {
+        for text in TEXTS {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+            assert_eq!(streamed(tokenizer, &ids), text);
+        }
+    }
+
+    #[test]
+    fn every_byte_has_one_character() {
+        let characters: HashSet<char> = (0..=255).map(gpt2_char).collect();
+        assert_eq!(characters.len(), 256);
+        assert_eq!((gpt2_char(b' '), gpt2_char(b'\n'), gpt2_char(b'a'), gpt2_char(0xad)), ('Ġ', 'Ċ', 'a', 'Ń'));
+        assert_eq!(gpt2_byte('你'), None);
+    }
+
+    #[test]
+    fn each_family_cuts_words_its_own_way() {
+        let merges = ["1 2", "12 3", "123 4", "a b", "Ġ ab", "ab Ċ", "Ċ Ċ"];
+        let of = |pre: &str, text: &str| pieces(&Tokenizer::from_gguf(&byte_level(pre, &merges, &[])).unwrap(), text);
+        assert_eq!(of("gpt-2", "ab 1234"), ["ab", "Ġ", "1234"]);
+        assert_eq!(of("gpt-2", "1234"), ["1234"]);
+        assert_eq!(of("smollm", "ab 1234"), ["ab", "Ġ", "1", "2", "3", "4"]);
+        assert_eq!(of("qwen2", "ab1234"), ["ab", "1", "2", "3", "4"]);
+        assert_eq!(of("llama-bpe", "ab1234"), ["ab", "123", "4"]);
+        assert_eq!(of("tekken", "ab1234"), ["ab", "1", "2", "3", "4"]);
+        for pre in ["gpt-2", "smollm", "qwen2", "llama-bpe"] {
+            assert_eq!(of(pre, "ab ab"), ["ab", "Ġab"], "no space is put first");
+            assert_eq!(of(pre, "ab\n\n"), ["ab", "ĊĊ"]);
+        }
+        for pre in ["default", "gpt-2", "smollm", "qwen2", "deepseek-r1-qwen", "llama-bpe", "llama3", "tekken"] {
+            round_trips(&Tokenizer::from_gguf(&byte_level(pre, &merges, &[])).unwrap());
+        }
+    }
+
+    #[test]
+    fn qwen_composes_characters() {
+        let tokenizer = Tokenizer::from_gguf(&byte_level("qwen2", &[], &[])).unwrap();
+        assert_eq!(tokenizer.encode("e\u{301}").unwrap(), tokenizer.encode("é").unwrap());
+        let mut metadata = byte_level("qwen2", &["1 2"], &[]);
+        metadata.remove("tokenizer.ggml.pre");
+        assert!(Tokenizer::from_gguf(&metadata).is_err());
+        metadata.insert("general.architecture".to_owned(), text("qwen2"));
+        assert_eq!(pieces(&Tokenizer::from_gguf(&metadata).unwrap(), "12"), ["1", "2"]);
+    }
+
+    #[test]
+    fn special_tokens_are_one_id_and_silent() {
+        let added = [("<|im_start|>", 3), ("<|im_end|>", 3), ("<tool>", 4), ("[PAD]", 5), ("<|eot_id|>", 3)];
+        let mut metadata = byte_level("qwen2", &[], &added);
+        set(&mut metadata, "eos_token_id", Value::U32(257));
+        let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+        let ids = tokenizer.encode("<|im_start|>é<tool> <|im_end|>").unwrap();
+        assert_eq!(ids, [256, 0xc3, 0xa9, 258, 32, 257]);
+        assert_eq!(tokenizer.decode(&ids).unwrap(), "é<tool> ");
+        assert_eq!(tokenizer.decode(&[259, 97, 400_000]).unwrap(), "a", "unused ids and ids past the end are silent");
+        assert_eq!((tokenizer.vocab_size(), tokenizer.eos()), (261, &[257, 260][..]));
+        assert!(tokenizer.is_eos(257) && tokenizer.is_eos(260) && !tokenizer.is_eos(256));
+        assert_eq!(tokenizer.token_text(258).as_deref(), Some("<tool>"));
+        assert_eq!((tokenizer.token_id("<|im_end|>"), tokenizer.token_text(261)), (Some(257), None));
+        assert_eq!(tokenizer.with_eos(vec![258, 257]).eos(), [257, 258, 260]);
+    }
+
+    #[test]
+    fn a_bos_comes_first_and_once() {
+        let added = [("<|begin_of_text|>", 3)];
+        let ids = |pre: &str, add: Option<bool>, text: &str| {
+            let mut metadata = byte_level(pre, &[], &added);
+            set(&mut metadata, "bos_token_id", Value::U32(256));
+            if let Some(add) = add {
+                set(&mut metadata, "add_bos_token", Value::Bool(add));
+            }
+            Tokenizer::from_gguf(&metadata).unwrap().encode(text).unwrap()
+        };
+        assert_eq!(ids("llama-bpe", None, "a"), [256, 97]);
+        assert_eq!(ids("llama-bpe", Some(false), "a"), [97]);
+        assert_eq!(ids("qwen2", None, "a"), [97]);
+        assert_eq!(ids("qwen2", Some(true), "a"), [256, 97]);
+        assert_eq!(ids("qwen2", Some(true), "<|begin_of_text|>a"), [256, 97]);
+        assert_eq!(ids("qwen2", Some(true), ""), [256]);
+    }
+
+    #[test]
+    fn a_stream_gives_whole_characters() {
+        let tokenizer = Tokenizer::from_gguf(&byte_level("gpt-2", &[], &[("<|im_end|>", 3)])).unwrap();
+        let mut stream = TextStream::new(&tokenizer);
+        let got: Vec<Option<String>> = "a🤗".bytes().map(|byte| stream.push(byte.into()).unwrap()).collect();
+        assert_eq!(got, [Some("a".to_owned()), None, None, None, Some("🤗".to_owned())]);
+        assert_eq!(stream.push(256).unwrap(), None);
+        assert_eq!(stream.finish().unwrap(), None);
+
+        // A cut-off character, then a letter: the half becomes one mark, the letter is kept.
+        let mut stream = TextStream::new(&tokenizer);
+        assert_eq!((stream.push(0xe4).unwrap(), stream.push(0xbd).unwrap()), (None, None));
+        assert_eq!(stream.push(u32::from(b'a')).unwrap().as_deref(), Some("\u{fffd}a"));
+        assert_eq!(stream.push(0xff).unwrap().as_deref(), Some("\u{fffd}"));
+        assert_eq!(stream.push(0xf0).unwrap(), None);
+        assert_eq!(stream.finish().unwrap().as_deref(), Some("\u{fffd}"));
+        let bytes = [0xe4, 0xbd, 0x61, 0xff, 0xf0, 0x9f];
+        let ids: Vec<u32> = bytes.iter().map(|&byte| u32::from(byte)).collect();
+        assert_eq!(tokenizer.decode(&ids).unwrap(), String::from_utf8_lossy(&bytes));
+    }
+
+    #[test]
+    fn sentencepiece_merges_by_score_and_falls_back_on_bytes() {
+        let vocabulary = ["▁", "a", "b", "c", "▁a", "ab", "bc", "▁ab", "abc", "▁▁"];
+        let tokenizer = Tokenizer::from_gguf(&sentencepiece(&vocabulary)).unwrap();
+        // "▁a" has the best score and wins over "ab" and "bc"; then "bc" joins.
+        assert_eq!(pieces(&tokenizer, "abc"), ["<s>", "▁a", "bc"]);
+        assert_eq!(pieces(&tokenizer, "  abc"), ["<s>", "▁▁", "▁a", "bc"]);
+        assert_eq!(pieces(&tokenizer, "é"), ["<s>", "▁", "<0xC3>", "<0xA9>"]);
+        assert_eq!(pieces(&tokenizer, "a</s>b"), ["<s>", "▁a", "</s>", "▁", "b"]);
+        assert_eq!(tokenizer.eos(), [2]);
+        round_trips(&tokenizer);
+        assert_eq!(tokenizer.decode(&tokenizer.encode("<s> a").unwrap()).unwrap(), " a");
+        assert_eq!(streamed(&tokenizer, &tokenizer.encode(" 🤗").unwrap()), " 🤗");
+
+        let mut metadata = sentencepiece(&vocabulary);
+        set(&mut metadata, "add_space_prefix", Value::Bool(false));
+        set(&mut metadata, "add_bos_token", Value::Bool(false));
+        let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+        assert_eq!(pieces(&tokenizer, "abc"), ["abc"]);
+        round_trips(&tokenizer);
+    }
+
+    #[test]
+    fn metadata_that_cannot_be_used_is_named() {
+        let error = |metadata: &HashMap<String, Value>| Tokenizer::from_gguf(metadata).unwrap_err().to_string();
+        let good = byte_level("gpt-2", &["a b"], &[]);
+        let with = |key: &str, value: Value| {
+            let mut metadata = good.clone();
+            set(&mut metadata, key, value);
+            error(&metadata)
+        };
+        let named = error(&byte_level("mystery", &[], &[]));
+        assert!(named.contains("tokenizer.ggml.pre is \"mystery\"") && named.contains("tokenizer.json"), "{named}");
+        assert!(with("model", text("t5")).contains("tokenizer.ggml.model is \"t5\""));
+        assert!(with("tokens", Value::U32(1)).contains("tokenizer.ggml.tokens is not a list of strings"));
+        assert!(with("token_type", Value::Array(vec![])).contains("tokenizer.ggml.token_type has 0 entries"));
+        assert!(
+            with("merges", Value::Array(vec![text("ab")])).contains("tokenizer.ggml.merges is not a list of pairs")
+        );
+        assert!(with("merges", Value::Array(vec![text("q z")])).contains("qz"));
+        assert!(with("eos_token_id", Value::U32(9999)).contains("9999"));
+        assert!(error(&HashMap::new()).contains("tokenizer.ggml.tokens is missing"));
+        let mut metadata = sentencepiece(&["a"]);
+        metadata.remove("tokenizer.ggml.scores");
+        assert!(error(&metadata).contains("tokenizer.ggml.scores is missing"));
+    }
+
+    #[test]
+    fn a_file_reads_back_as_the_metadata_it_was_made_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        let made =
+            Tokenizer::from_gguf(&byte_level("smollm", &["1 2", "a b"], &[("<|im_end|>", 3), ("<t>", 4)])).unwrap();
+        let mut inner = made.inner.clone();
+        inner.with_decoder(Some(ByteLevel::default()));
+        // A prompt must not be cut or filled up, whatever the training set-up was.
+        inner.with_truncation(Some(tokenizers::TruncationParams { max_length: 2, ..Default::default() })).unwrap();
+        inner.with_padding(Some(tokenizers::PaddingParams {
+            strategy: tokenizers::PaddingStrategy::Fixed(64),
+            ..Default::default()
+        }));
+        inner.save(&path, false).unwrap();
+        let read = Tokenizer::from_file(&path).unwrap();
+        for text in TEXTS.into_iter().chain(["ab12<|im_end|><t>"]) {
+            let ids = read.encode(text).unwrap();
+            assert_eq!(ids, made.encode(text).unwrap());
+            assert_eq!(read.decode(&ids).unwrap(), text.replace("<|im_end|>", ""));
+        }
+        assert_eq!((read.eos(), read.vocab_size()), (made.eos(), made.vocab_size()));
+    }
+
+    #[test]
+    fn a_file_may_add_a_bos_and_spell_with_spaces() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        let metadata = sentencepiece(&["▁", "a", "b", "▁a", "ab"]);
+        let made = Tokenizer::from_gguf(&metadata).unwrap();
+        let mut inner = made.inner.clone();
+        let steps: Vec<tokenizers::DecoderWrapper> = vec![
+            Replace::new("▁", " ").unwrap().into(),
+            decoders::byte_fallback::ByteFallback::new().into(),
+            decoders::fuse::Fuse::new().into(),
+            decoders::strip::Strip::new(' ', 1, 0).into(),
+        ];
+        inner.with_decoder(Some(decoders::sequence::Sequence::new(steps)));
+        let template = tokenizers::processors::template::TemplateProcessing::builder()
+            .try_single("<s> $A </s>")
+            .unwrap()
+            .special_tokens(vec![("<s>", 1), ("</s>", 2)])
+            .build()
+            .unwrap();
+        inner.with_post_processor(Some(template));
+        inner.save(&path, false).unwrap();
+        let read = Tokenizer::from_file(&path).unwrap();
+        assert_eq!(read.encode("ab").unwrap()[0], 1);
+        for text in TEXTS {
+            let ids = read.encode(text).unwrap();
+            assert_eq!(ids, made.encode(text).unwrap(), "a bos, and no eos");
+            assert_eq!(read.decode(&ids).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        let error = || Tokenizer::from_file(&path).unwrap_err().to_string();
+        assert!(error().contains("tokenizer.json"));
+        std::fs::write(&path, "{}").unwrap();
+        assert!(error().contains("not a tokenizer"));
+        let model = r#"{"version":"1.0","added_tokens":[],"normalizer":null,"pre_tokenizer":{"type":"WhitespaceSplit"},
+            "post_processor":null,"decoder":DECODER,"model":{"type":"WordLevel","vocab":{"a":0,"b":1},"unk_token":"a"}}"#;
+        std::fs::write(&path, model.replace("DECODER", r###"{"type":"WordPiece","prefix":"##","cleanup":true}"###))
+            .unwrap();
+        assert!(error().contains("decoder is not supported"));
+        std::fs::write(&path, model.replace("DECODER", "null")).unwrap();
+        let words = Tokenizer::from_file(&path).unwrap();
+        assert_eq!((words.encode("b a").unwrap(), words.decode(&[1, 0]).unwrap()), (vec![1, 0], "b a".to_owned()));
+    }
+
+    /// The ids come from tiktoken with Qwen's published ranks, and from a plain BPE loop over SmolLM2's own merges.
+    #[test]
+    fn real_vocabularies_give_the_known_ids() {
+        let code = "def add(a, b):\n    return a + 12345\n";
+        let mixed = "It's 你好 🤗 naïve café!";
+        let chat = "<|im_start|>user\nHi<|im_end|>\n";
+        let cases: [(&str, usize, [&[u32]; 3]); 2] = [
+            (
+                "qwen2.5-coder-0.5b-instruct.gguf",
+                151_936,
+                [
+                    &[750, 912, 2877, 11, 293, 982, 262, 470, 264, 488, 220, 16, 17, 18, 19, 20, 198],
+                    &[2132, 594, 220, 108_386, 11162, 97, 245, 94880, 586, 51950, 0],
+                    &[151_644, 872, 198, 13048, 151_645, 198],
+                ],
+            ),
+            (
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+                49152,
+                [
+                    &[1604, 803, 24, 81, 28, 278, 727, 472, 1003, 253, 1232, 216, 33, 34, 35, 36, 37, 198],
+                    &[1589, 506, 216, 18645, 250, 48392, 138, 15107, 114, 241, 15486, 46494, 37366, 17],
+                    &[1, 4093, 198, 26843, 2, 198],
+                ],
+            ),
+        ];
+        let Some(folder) = std::env::var_os("KVPOLICY_MODELS").map(PathBuf::from) else {
+            println!("skipped: KVPOLICY_MODELS is not set to a folder with {} and {}", cases[0].0, cases[1].0);
+            return;
+        };
+        for (file, size, ids) in cases {
+            let Ok(mut open) = std::fs::File::open(folder.join(file)) else {
+                println!("skipped: {} has no {file}", folder.display());
+                continue;
+            };
+            let metadata = Content::read(&mut open).unwrap().metadata;
+            let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+            for (text, ids) in [code, mixed, chat].into_iter().zip(ids) {
+                assert_eq!(tokenizer.encode(text).unwrap(), ids, "{file}: {text:?}");
+            }
+            round_trips(&tokenizer);
+            assert_eq!(tokenizer.vocab_size(), size);
+            let end = tokenizer.token_id("<|im_end|>").unwrap();
+            assert!(tokenizer.is_eos(end) && tokenizer.decode(&[end]).unwrap().is_empty());
+            assert_eq!(tokenizer.encode("987").unwrap().len(), 3, "digits stand alone");
+        }
+    }
+}

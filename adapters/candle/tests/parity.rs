@@ -1,156 +1,23 @@
 //! With `full` the models equal candle-transformers' own: same weights, same tokens, same logits.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/tiny.rs"]
+mod tiny;
+
 use candle_core::{
     DType, Device, Tensor,
-    quantized::{GgmlDType, QTensor, gguf_file},
+    quantized::{GgmlDType, gguf_file},
 };
 use candle_nn::VarBuilder;
 use candle_transformers::models as theirs;
 use kvpolicy::{CpuConfig, KvCache, Phase, Registry, cpu};
 use kvpolicy_candle::{Lm, LoadOptions, Model};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::{
-    collections::HashMap,
     fs::File,
     path::{Path, PathBuf},
 };
-
-const HIDDEN: usize = 64;
-const FFN: usize = 96;
-const VOCAB: usize = 160;
-const LAYERS: usize = 2;
-const HEADS: usize = 4;
-
-/// A random tiny model in memory.
-struct Tiny {
-    arch: &'static str,
-    kv_heads: usize,
-    head_dim: usize,
-    tied: bool,
-    extra: Value,
-    tensors: HashMap<String, Tensor>,
-}
-
-impl Tiny {
-    fn new(arch: &'static str, kv_heads: usize, head_dim: usize, tied: bool, extra: Value) -> Self {
-        let device = Device::Cpu;
-        let mut seed = 0x9E37_79B9u32;
-        let mut random = |shape: &[usize], scale: f32, shift: f32| {
-            let count: usize = shape.iter().product();
-            let numbers: Vec<f32> = (0..count)
-                .map(|_| {
-                    seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    ((seed >> 8) as f32 / (1 << 24) as f32 - 0.5) * scale + shift
-                })
-                .collect();
-            Tensor::from_vec(numbers, shape, &device).unwrap()
-        };
-        let mut tensors = HashMap::new();
-        let mut add = |name: String, tensor: Tensor| tensors.insert(name, tensor);
-        add("model.embed_tokens.weight".into(), random(&[VOCAB, HIDDEN], 2.0, 0.0));
-        add("model.norm.weight".into(), random(&[HIDDEN], 0.5, 1.0));
-        if !tied {
-            add("lm_head.weight".into(), random(&[VOCAB, HIDDEN], 0.5, 0.0));
-        }
-        for layer in 0..LAYERS {
-            let name = |part: &str| format!("model.layers.{layer}.{part}");
-            let (q, kv) = (HEADS * head_dim, kv_heads * head_dim);
-            for (part, rows, columns) in [
-                ("self_attn.q_proj", q, HIDDEN),
-                ("self_attn.k_proj", kv, HIDDEN),
-                ("self_attn.v_proj", kv, HIDDEN),
-                ("self_attn.o_proj", HIDDEN, q),
-                ("mlp.gate_proj", FFN, HIDDEN),
-                ("mlp.up_proj", FFN, HIDDEN),
-                ("mlp.down_proj", HIDDEN, FFN),
-            ] {
-                add(name(&format!("{part}.weight")), random(&[rows, columns], 0.6, 0.0));
-            }
-            for part in ["input_layernorm", "post_attention_layernorm"] {
-                add(name(&format!("{part}.weight")), random(&[HIDDEN], 0.5, 1.0));
-            }
-            if arch == "qwen2" {
-                for (part, rows) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
-                    add(name(&format!("self_attn.{part}.bias")), random(&[rows], 1.0, 0.0));
-                }
-            }
-            if arch == "qwen3" {
-                for part in ["q_norm", "k_norm"] {
-                    add(name(&format!("self_attn.{part}.weight")), random(&[head_dim], 0.5, 1.0));
-                }
-            }
-        }
-        Self { arch, kv_heads, head_dim, tied, extra, tensors }
-    }
-
-    fn config(&self) -> Value {
-        let mut config = json!({
-            "model_type": self.arch, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-            "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512,
-            "tie_word_embeddings": self.tied, "attention_bias": false, "hidden_act": "silu",
-            "sliding_window": 512, "max_window_layers": LAYERS, "use_sliding_window": false,
-        });
-        let extra = self.extra.as_object().unwrap().clone();
-        config.as_object_mut().unwrap().extend(extra);
-        config
-    }
-
-    fn write_dir(&self, dir: &Path) {
-        std::fs::write(dir.join("config.json"), self.config().to_string()).unwrap();
-        candle_core::safetensors::save(&self.tensors, dir.join("model.safetensors")).unwrap();
-    }
-
-    fn write_gguf(&self, path: &Path, matrices: GgmlDType) {
-        let key = |suffix: &str| format!("{}.{suffix}", self.arch);
-        use gguf_file::Value::{F32, String, U32};
-        let metadata = [
-            ("general.architecture".to_string(), String(self.arch.to_string())),
-            ("general.dtype".to_string(), U32(0)),
-            (key("embedding_length"), U32(HIDDEN as u32)),
-            (key("feed_forward_length"), U32(FFN as u32)),
-            (key("block_count"), U32(LAYERS as u32)),
-            (key("attention.head_count"), U32(HEADS as u32)),
-            (key("attention.head_count_kv"), U32(self.kv_heads as u32)),
-            (key("attention.key_length"), U32(self.head_dim as u32)),
-            (key("attention.layer_norm_rms_epsilon"), F32(1e-5)),
-            (key("rope.dimension_count"), U32(self.head_dim as u32)),
-            (key("rope.freq_base"), F32(10000.0)),
-            (key("context_length"), U32(512)),
-            (key("vocab_size"), U32(VOCAB as u32)),
-        ];
-        let quantize = |name: &std::string::String, tensor: &Tensor| {
-            let dtype = if tensor.dims().len() == 2 { matrices } else { GgmlDType::F32 };
-            (gguf_name(name), QTensor::quantize(tensor, dtype).unwrap())
-        };
-        let tensors: Vec<(std::string::String, QTensor)> = self.tensors.iter().map(|(n, t)| quantize(n, t)).collect();
-        let metadata: Vec<_> = metadata.iter().map(|(name, value)| (name.as_str(), value)).collect();
-        let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
-    }
-}
-
-fn gguf_name(name: &str) -> String {
-    let pairs = [
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-        ("model.layers.", "blk."),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("input_layernorm", "attn_norm"),
-        ("self_attn.q_norm", "attn_q_norm"),
-        ("self_attn.k_norm", "attn_k_norm"),
-        ("self_attn.o_proj", "attn_output"),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-    ];
-    pairs.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
-}
+use tiny::{HEADS, HIDDEN, Tiny, VOCAB};
 
 /// Last-token logits of a model that keeps its own cache: tokens and their offset.
 type Theirs = Box<dyn FnMut(&Tensor, usize) -> Tensor>;

@@ -1,0 +1,190 @@
+//! The program, from its arguments to its files.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../../adapters/candle/tests/common/tiny.rs"]
+mod tiny;
+
+use candle_core::quantized::GgmlDType;
+use kvpolicy::compare::{Report, Sample};
+use serde_json::json;
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+use tempfile::TempDir;
+use tiny::{HEADS, HIDDEN, Tiny};
+
+/// A folder with a tiny model and a text.
+struct Bench {
+    dir: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Tiny::new("llama", 2, HIDDEN / HEADS, true, json!({})).write_gguf(&dir.path().join("m.gguf"), GgmlDType::Q8_0);
+        let text: String =
+            (0..400).map(|i| format!("Sentence {i} speaks of the number {}. ", i * 7919 % 997)).collect();
+        std::fs::write(dir.path().join("t.txt"), text).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// `command --model m.gguf` and what follows.
+    fn run(&self, command: &str, args: &[&str]) -> Output {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_kvpolicy"));
+        program.current_dir(self.dir.path()).arg(command).args(["--model", "m.gguf"]).args(args);
+        program.output().unwrap()
+    }
+
+    fn fails(&self, command: &str, args: &[&str], words: &[&str]) {
+        let output = self.run(command, args);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{args:?} succeeded");
+        assert!(!text.contains("panicked"), "{text}");
+        words.iter().for_each(|word| assert!(text.contains(word), "`{text}` does not say `{word}`"));
+    }
+}
+
+fn succeeded(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+const COMPARE: [&str; 8] = ["--text", "t.txt", "--context", "400,480", "--samples", "1", "--out", "out"];
+
+#[test]
+fn compare_writes_a_row_for_each_policy_task_and_context() {
+    let bench = Bench::new();
+    let tasks = ["ppl", "kl", "needle", "needle-aware", "speed"];
+    let policies = ["full", "window:size=32,sinks=4", "h2o:budget=40,recent=8", "tova:budget=25%", "knorm:budget=40"];
+    let output = bench
+        .run("compare", &[&COMPARE[..], &["--policies", &policies.join(";"), "--tasks", &tasks.join(",")]].concat());
+    let table = succeeded(&output);
+    let report = read(&bench.path("out/results.json"));
+    assert_eq!((report.schema, report.rows.len()), (1, 2 * policies.len() * tasks.len()));
+    for policy in policies {
+        assert!(table.contains(policy), "{table}");
+        for task in tasks {
+            for context in [400, 480] {
+                let row = report.rows.iter().find(|r| r.policy == policy && r.task == task && r.context == context);
+                let row = row.unwrap_or_else(|| panic!("no row for {policy} {task} {context}"));
+                assert!(row.kv.written > 0 && row.kv.sampled_steps > 0 && row.kv.peak_bytes > 0);
+                assert_eq!(row.kv.evicted > 0, policy != "full", "{policy} {task}");
+                assert_eq!(row.compression > 1.01, policy != "full", "{policy} {task}");
+                let m = &row.metrics;
+                match task {
+                    "ppl" => assert!(m.ppl.unwrap() > 1.0 && m.kl.is_none()),
+                    "kl" => assert_eq!(m.kl.unwrap() > 1e-6, policy != "full", "{policy}: {:?}", m.kl),
+                    "speed" => assert!(m.prefill_tokens_per_s.unwrap() > 0.0 && m.decode_tokens_per_s.unwrap() > 0.0),
+                    _ => assert_eq!(m.questions, Some(1)),
+                }
+            }
+        }
+    }
+    let samples = std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap();
+    let samples: Vec<Sample> = samples.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(samples.len(), 2 * policies.len() * (tasks.len() - 1)); // ppl and kl share theirs
+    let needles: Vec<&Sample> = samples.iter().filter(|s| s.task == "needle").collect();
+    assert!(needles.iter().all(|s| s.prompt.contains(s.expected.as_ref().unwrap()) && s.answer.is_some()));
+}
+
+fn read(path: &Path) -> Report {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn the_same_seed_gives_the_same_figures() {
+    let bench = Bench::new();
+    let run = |seed: &str| {
+        let args = ["--policies", "random:budget=40", "--tasks", "ppl,kl", "--seed", seed];
+        succeeded(&bench.run("compare", &[&COMPARE[..], &args].concat()));
+        read(&bench.path("out/results.json")).rows.into_iter().map(|row| row.metrics).collect::<Vec<_>>()
+    };
+    let first = run("5");
+    assert_eq!(first, run("5"));
+    assert_ne!(first, run("6"));
+}
+
+#[test]
+fn a_sweep_gives_every_policy_the_same_mean_of_live_entries() {
+    let bench = Bench::new();
+    let policies = "full;window:sinks=2;h2o:recent=4;tova;snapkv:window=4;knorm;rkv:buffer=8,window=4;random;\
+                    adakv(knorm);pyramid:beta=4(knorm);every(4, keydiff);random-gate:rate=0.5,window=16";
+    let args = ["--policies", policies, "--sweep", "2,4", "--tasks", "ppl"];
+    succeeded(&bench.run("compare", &[&COMPARE[..], &args].concat()));
+    let report = read(&bench.path("out/results.json"));
+    assert_eq!(report.rows.len(), 2 * (1 + 10 * 2 + 1));
+    for context in [400, 480] {
+        let rows: Vec<_> = report.rows.iter().filter(|r| r.context == context && r.policy.contains('=')).collect();
+        for (row, ratio) in rows.iter().filter(|r| !r.policy.starts_with("random-gate")).zip([2.0, 4.0].iter().cycle())
+        {
+            let off = (row.compression / ratio - 1.0).abs();
+            assert!(off < 0.03, "{} at {context} reaches {:.3}x, not {ratio}x", row.policy, row.compression);
+        }
+    }
+}
+
+#[test]
+fn generate_prints_text_and_what_the_cache_held() {
+    let bench = Bench::new();
+    let output = bench.run("generate", &["--prompt", "Hello there", "--policy", "window:size=8", "--max-tokens", "20"]);
+    succeeded(&output);
+    let summary = String::from_utf8_lossy(&output.stderr);
+    for word in ["window:size=8,sinks=0", "prompt tokens", "KV: peak", "compression"] {
+        assert!(summary.contains(word), "{summary}");
+    }
+}
+
+#[test]
+fn policies_lists_every_policy_with_its_parameters() {
+    let output = Command::new(env!("CARGO_BIN_EXE_kvpolicy")).arg("policies").output().unwrap();
+    let text = succeeded(&output);
+    for word in ["full", "h2o", "arXiv 2306.14048", "normalise", "dms", "lag", "adakv", "every"] {
+        assert!(text.contains(word));
+    }
+    let unknown = Command::new(env!("CARGO_BIN_EXE_kvpolicy")).args(["policies", "h3o"]).output().unwrap();
+    assert!(!unknown.status.success() && String::from_utf8_lossy(&unknown.stderr).contains("h3o"));
+}
+
+#[test]
+fn bad_input_is_refused_with_its_reason() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("bad.txt"), b"fine until \xff\xfe").unwrap();
+    std::fs::write(bench.path("short.txt"), "Too short.").unwrap();
+    std::fs::write(bench.path("empty.txt"), "").unwrap();
+    std::fs::write(bench.path("no.gguf"), "no model").unwrap();
+    let compare = |args: &[&str], words: &[&str]| bench.fails("compare", &[&["--samples", "1"], args].concat(), words);
+    compare(&["--text", "t.txt", "--policies", "h3o"], &["unknown policy `h3o`", "h2o"]);
+    compare(&["--text", "t.txt", "--policies", "h2o:budget=0"], &["budget=0", "entries"]);
+    compare(&["--text", "t.txt", "--policies", "h2o:budget=8,recent=9"], &["recent=9 exceeds budget=8"]);
+    compare(&["--text", "t.txt", "--policies", "window:sinks=2"], &["`size` is missing"]);
+    compare(&["--text", "t.txt", "--policies", "dms", "--context", "256"], &["gates"]);
+    compare(&["--text", "t.txt", "--policies", ";"], &["no policy"]);
+    compare(&["--text", "t.txt", "--tasks", "ppl,poetry"], &["poetry", "needle"]);
+    compare(&["--text", "t.txt", "--tasks", ","], &["no task"]);
+    compare(&["--text", "t.txt", "--context", "100000"], &["100000", "512", "--allow-long"]);
+    compare(&["--text", "t.txt", "--context", "0"], &["context=0"]);
+    compare(&["--text", "t.txt", "--samples", "0"], &["samples"]);
+    compare(&["--text", "t.txt", "--policies", "h2o", "--sweep", "0.5", "--context", "256"], &["0.5"]);
+    compare(&["--text", "t.txt", "--policies", "snapkv:window=200", "--sweep", "4", "--context", "256"], &["snapkv"]);
+    compare(&["--text", "bad.txt"], &["bad.txt", "UTF-8", "byte 11"]);
+    compare(&["--text", "short.txt", "--context", "256", "--policies", "full"], &["too short", "256"]);
+    compare(&["--text", "empty.txt", "--context", "256", "--policies", "full"], &["too short"]);
+    compare(&["--text", "nowhere.txt"], &["nowhere.txt"]);
+    let exhausted = ["--text", "t.txt", "--context", "256", "--policies", "full", "--kv-memory", "64KiB"];
+    compare(&exhausted, &["exhausted"]);
+    let generate = |args: &[&str], words: &[&str]| bench.fails("generate", args, words);
+    generate(&["--prompt", ""], &["prompt is empty"]);
+    generate(&["--prompt", "  "], &["prompt is empty"]);
+    generate(&[], &["--prompt"]);
+    generate(&["--prompt-file", "bad.txt"], &["UTF-8"]);
+    generate(&["--prompt", "x", "--kv-memory", "a lot"], &["a lot"]);
+    let mut program = Command::new(env!("CARGO_BIN_EXE_kvpolicy"));
+    let args = ["generate", "--model", "no.gguf", "--prompt", "x"];
+    let output = program.current_dir(bench.dir.path()).args(args).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is no GGUF file"));
+}
