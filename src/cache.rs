@@ -1,7 +1,7 @@
 use crate::{
     backend::{Backend, Tap},
     error::{Error, Result},
-    policy::{GateSource, LayerCx, Needs, NewTokens, Policy, Protect},
+    policy::{Budget, Evict, GateSource, LayerCx, Needs, NewTokens, Policy, Protect, Verdict},
     spec::ModelSpec,
     stats::{Stats, Usage},
     step::{Phase, SeqId, Span, Step},
@@ -157,6 +157,7 @@ impl KvCache {
         let protect = policy.protect(&cx);
 
         let verdict = policy.on_write(&cx, new)?;
+        check_verdict(&verdict, step.len(), self.spec.kv_heads)?;
         backend.append(layer, spans, new, &verdict, protect)?;
         backend.observe(layer, spans, &new.q)?;
         let y = backend.attend(layer, spans, &new.q, protect, self.taps[layer])?;
@@ -186,6 +187,14 @@ impl KvCache {
     fn trim(&mut self, layer: usize, due: &[Span], protect: Protect) -> Result<()> {
         let cx = LayerCx { layer, spec: &self.spec };
         let budgets: Vec<_> = due.iter().map(|span| self.policy.budget(&cx, span.seen())).collect();
+        for budget in &budgets {
+            if let Budget::Heads(heads) = budget
+                && heads.len() != self.spec.kv_heads
+            {
+                let (expected, got) = (vec![self.spec.kv_heads], vec![heads.len()]);
+                return Err(Error::Shape { what: "the policy's budget of heads", expected, got });
+            }
+        }
         let score = self.policy.score(&cx, &*self.backend.held(layer, due)?)?;
         self.backend.trim(layer, due, &score, &budgets, protect)
     }
@@ -196,10 +205,6 @@ impl KvCache {
             return Err(Error::Config(format!("layer {layer} of a model with {layers} layers")));
         }
         let tokens = step.len();
-        let shape = |what, t: &Tensor, expected: &[usize]| match t.dims() == expected {
-            true => Ok(()),
-            false => Err(Error::Shape { what, expected: expected.to_vec(), got: t.dims().to_vec() }),
-        };
         shape("q", &new.q, &[tokens, q_heads, head_dim])?;
         shape("k", &new.k, &[tokens, kv_heads, head_dim])?;
         shape("v", &new.v, &[tokens, kv_heads, head_dim])?;
@@ -255,6 +260,21 @@ impl KvCache {
         }
         self.backend.held_positions(layer, seq, kv_head)
     }
+}
+
+fn shape(what: &'static str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
+    if tensor.dims() == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { what, expected: expected.to_vec(), got: tensor.dims().to_vec() })
+}
+
+/// A policy may come from anyone.
+fn check_verdict(verdict: &Verdict, tokens: usize, kv_heads: usize) -> Result<()> {
+    if let Evict::Bits { bits, .. } = &verdict.evict {
+        shape("the policy's bits", bits, &[tokens, kv_heads])?;
+    }
+    verdict.score.iter().try_for_each(|score| shape("the policy's first scores", score, &[tokens, kv_heads]))
 }
 
 fn needs_of(policy: &dyn Policy, spec: &ModelSpec) -> Vec<Needs> {

@@ -276,7 +276,16 @@ impl<E: Element> Storage for Cpu<E> {
     ) -> Result<()> {
         let dense = match score {
             Score::Carried => None,
-            Score::Dense(scores) => Some(scores.to_dtype(DType::F32)?.to_vec2::<f32>()?),
+            Score::Dense(scores) => {
+                let rows = spans.len() * self.spec.kv_heads;
+                let longest =
+                    spans.iter().flat_map(|s| (0..self.spec.kv_heads).filter_map(|h| self.row(layer, s.seq, h)));
+                let expected = vec![rows, longest.map(Row::len).max().unwrap_or(0).max(1)];
+                if scores.dims() != expected {
+                    return Err(Error::Shape { what: "the policy's scores", expected, got: scores.dims().to_vec() });
+                }
+                Some(scores.to_dtype(DType::F32)?.to_vec2::<f32>()?)
+            }
         };
         let heads = self.spec.kv_heads;
         for (i, (span, budget)) in spans.iter().zip(budgets).enumerate() {
