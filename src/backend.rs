@@ -8,6 +8,7 @@ pub mod cpu;
 use crate::{
     error::{Error, Result},
     policy::{Budget, Held, Needs, NewTokens, Protect, Score, Verdict},
+    spec::ModelSpec,
     stats::Usage,
     step::{SeqId, Span},
 };
@@ -20,8 +21,9 @@ use candle_core::{Device, Tensor};
 pub trait Storage {
     /// The device tensors come from and go to.
     fn device(&self) -> &Device;
-    /// Sets up what each layer's policy asks for; returns every reason why it cannot.
-    fn prepare(&mut self, needs: &[Needs]) -> Vec<String>;
+    /// Sets up what each layer's policy asks for, one [`Needs`] a layer; returns every reason why it cannot. A store made
+    /// for a model of another shape than `spec` is a reason.
+    fn prepare(&mut self, spec: &ModelSpec, needs: &[Needs]) -> Vec<String>;
     /// Writes the spans' new tokens. The place of an entry that is dead to every query of the span may be reused.
     fn append(
         &mut self,
@@ -42,8 +44,8 @@ pub trait Storage {
     fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>>;
     /// Gives back everything of a sequence; does nothing for one that holds nothing.
     fn release(&mut self, seq: SeqId);
-    /// The sequences dropped since the last call, each with its reason.
-    fn take_failures(&mut self) -> Vec<(SeqId, Error)>;
+    /// Those of the spans' sequences that were dropped, each with its reason, once. They stay empty until released.
+    fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)>;
     /// What the store holds.
     fn usage(&self) -> Usage;
     /// Positions one row holds, sorted. For inspection: may wait for the device.

@@ -30,6 +30,8 @@ struct Life {
     /// Decode steps since the last prefill: the clock of [`When::every`](crate::When).
     decoded: u32,
     in_step: bool,
+    /// The first layer that has not attended in this step.
+    next_layer: usize,
     dropped: bool,
 }
 
@@ -39,22 +41,23 @@ impl KvCache {
     /// # Errors
     /// [`Error::Refused`] with every reason why this model and backend cannot run the policy.
     pub fn new(spec: ModelSpec, policy: Arc<dyn Policy>, mut backend: Box<dyn Backend>) -> Result<Self> {
-        let mut reasons = spec.faults();
-        let mut needs = vec![];
-        if reasons.is_empty() {
-            reasons.extend(policy.faults());
-            reasons.extend(policy.misfits(&spec));
+        let refuse = |reasons| Err(Error::Refused { policy: policy.to_string(), reasons });
+        let faults = spec.faults();
+        if !faults.is_empty() {
+            return refuse(faults); // no other question makes sense
         }
-        if reasons.is_empty() {
-            needs = needs_of(&*policy, &spec);
-            if needs.iter().any(|n| n.gates.is_some()) && spec.gates.is_none() {
-                reasons
-                    .push("the model has no decision gates: name a file with `weights=`, or take a DMS model".into());
-            }
-            reasons.extend(backend.prepare(&needs));
+        let needs = needs_of(&*policy, &spec);
+        let mut reasons = policy.faults();
+        reasons.extend(policy.misfits(&spec));
+        if needs.iter().any(|n| n.gates.is_some()) && spec.gates.is_none() {
+            reasons.push("the model has no decision gates: name a file with `weights=`, or take a DMS model".into());
         }
+        if sources(&needs).len() > 1 {
+            reasons.push(TWO_SOURCES.into());
+        }
+        reasons.extend(backend.prepare(&spec, &needs));
         if !reasons.is_empty() {
-            return Err(Error::Refused { policy: policy.to_string(), reasons });
+            return refuse(reasons);
         }
         let taps = needs.iter().map(|n| n.attn_mass.map_or(Tap::None, |decay| Tap::Mass { decay })).collect();
         Ok(Self { spec, policy, backend, taps, sequences: HashMap::new(), next: 0, stats: Stats::default() })
@@ -65,11 +68,9 @@ impl KvCache {
     /// # Errors
     /// [`Error::Refused`] if its layers name different sources.
     pub fn gate_source(policy: &dyn Policy, spec: &ModelSpec) -> Result<Option<GateSource>> {
-        let mut sources: Vec<GateSource> = needs_of(policy, spec).into_iter().filter_map(|n| n.gates).collect();
-        sources.dedup();
+        let mut sources = sources(&needs_of(policy, spec));
         if sources.len() > 1 {
-            let reasons = vec!["layers name different sources of gates".into()];
-            return Err(Error::Refused { policy: policy.to_string(), reasons });
+            return Err(Error::Refused { policy: policy.to_string(), reasons: vec![TWO_SOURCES.into()] });
         }
         Ok(sources.pop())
     }
@@ -118,7 +119,7 @@ impl KvCache {
             let life = self.life(seq)?;
             let refuse = |what: &str| Err(Error::Sequence { seq, what: what.to_string() });
             if life.dropped {
-                return refuse("was dropped for want of memory: release it and start anew");
+                return refuse("was dropped, for want of memory or by an error: release it and start anew");
             }
             if life.in_step {
                 return refuse("is in a step that did not end: release it");
@@ -132,7 +133,7 @@ impl KvCache {
             if phase == Phase::Decode && len != 1 {
                 return refuse("decodes one token a step: pass more as a prefill");
             }
-            if life.seen + len > i32::MAX as usize {
+            if life.seen.checked_add(len).is_none_or(|seen| seen > i32::MAX as usize) {
                 return refuse("would exceed 2^31 tokens");
             }
             let start = life.seen as u32;
@@ -141,7 +142,7 @@ impl KvCache {
         }
         let tokens = positions.len();
         let positions = Tensor::from_vec(positions, tokens, self.backend.device())?;
-        spans.iter().for_each(|span| self.update(span.seq, |life| life.in_step = true));
+        spans.iter().for_each(|span| self.update(span.seq, |life| (life.in_step, life.next_layer) = (true, 0)));
         Ok(Step { spans, positions })
     }
 
@@ -149,7 +150,9 @@ impl KvCache {
     /// Returns `[tokens, q_heads, head_dim]` in the dtype of `new.q`. A sequence that was dropped in this step reads zeros.
     ///
     /// # Errors
-    /// [`Error::Shape`] for tensors that do not fit the step, [`Error::Config`] for a layer that does not exist.
+    /// [`Error::Shape`] for tensors that do not fit the step, [`Error::Config`] for a layer that does not exist,
+    /// [`Error::Sequence`] for a step that is over, a sequence that was released, or a layer that had its turn: nothing
+    /// has changed then. After an error of the policy or the backend the step is lost: [`abort`](Self::abort) it.
     pub fn attend(&mut self, layer: usize, step: &Step, new: &NewTokens) -> Result<Tensor> {
         self.check(layer, step, new)?;
         let (policy, backend, spans) = (&self.policy, &mut self.backend, step.spans());
@@ -158,6 +161,11 @@ impl KvCache {
 
         let verdict = policy.on_write(&cx, new)?;
         check_verdict(&verdict, step.len(), self.spec.kv_heads)?;
+        for span in spans {
+            if let Some(life) = self.sequences.get_mut(&span.seq) {
+                life.next_layer = layer + 1;
+            }
+        }
         backend.append(layer, spans, new, &verdict, protect)?;
         backend.observe(layer, spans, &new.q)?;
         let y = backend.attend(layer, spans, &new.q, protect, self.taps[layer])?;
@@ -204,7 +212,20 @@ impl KvCache {
         if layer >= layers {
             return Err(Error::Config(format!("layer {layer} of a model with {layers} layers")));
         }
+        for span in step.spans() {
+            let life = self.life(span.seq)?;
+            if !life.in_step || life.seen != span.start as usize {
+                return Err(Error::Sequence { seq: span.seq, what: "is in no such step: it ended".into() });
+            }
+            if layer < life.next_layer {
+                return Err(Error::Sequence {
+                    seq: span.seq,
+                    what: format!("layer {layer} has attended in this step"),
+                });
+            }
+        }
         let tokens = step.len();
+        shape("positions", &new.positions, &[tokens])?;
         shape("q", &new.q, &[tokens, q_heads, head_dim])?;
         shape("k", &new.k, &[tokens, kv_heads, head_dim])?;
         shape("v", &new.v, &[tokens, kv_heads, head_dim])?;
@@ -214,9 +235,12 @@ impl KvCache {
     /// Ends a step. Returns the sequences that were dropped in it because the pool had no page left; every other
     /// sequence is as if they had not been there. Release them.
     pub fn end(&mut self, step: Step) -> Vec<(SeqId, Error)> {
-        let failures = self.backend.take_failures();
+        let failures = self.backend.take_failures(step.spans());
         for span in step.spans() {
             self.update(span.seq, |life| {
+                if !life.in_step || life.seen != span.start as usize {
+                    return; // a copy of the step ended it
+                }
                 life.seen += span.len;
                 life.in_step = false;
                 life.decoded = if span.phase == Phase::Decode { life.decoded + 1 } else { 0 };
@@ -229,6 +253,15 @@ impl KvCache {
         let entries = (self.spec.layers * self.spec.kv_heads) as u64;
         self.stats.record(&self.backend.usage(), seen, entries, sampled);
         failures
+    }
+
+    /// Gives up a step that failed half-way: its sequences hold what some layers wrote and others did not, so they are
+    /// dropped. Release them.
+    pub fn abort(&mut self, step: Step) {
+        for span in step.spans() {
+            self.backend.release(span.seq);
+            self.update(span.seq, |life| (life.in_step, life.dropped) = (false, true));
+        }
     }
 
     fn update(&mut self, seq: SeqId, change: impl FnOnce(&mut Life)) {
@@ -275,6 +308,18 @@ fn check_verdict(verdict: &Verdict, tokens: usize, kv_heads: usize) -> Result<()
         shape("the policy's bits", bits, &[tokens, kv_heads])?;
     }
     verdict.score.iter().try_for_each(|score| shape("the policy's first scores", score, &[tokens, kv_heads]))
+}
+
+const TWO_SOURCES: &str = "layers name different sources of gates";
+
+fn sources(needs: &[Needs]) -> Vec<GateSource> {
+    let mut sources: Vec<GateSource> = vec![];
+    for source in needs.iter().filter_map(|n| n.gates.as_ref()) {
+        if !sources.contains(source) {
+            sources.push(source.clone());
+        }
+    }
+    sources
 }
 
 fn needs_of(policy: &dyn Policy, spec: &ModelSpec) -> Vec<Needs> {

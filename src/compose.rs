@@ -1,5 +1,7 @@
 //! Wrappers: each changes one axis of a policy and forwards the rest.
 
+use crate::{Budget, LayerCx, ModelSpec, Policy};
+
 mod adakv;
 mod every;
 mod per_layer;
@@ -9,6 +11,12 @@ pub use adakv::AdaKv;
 pub use every::Every;
 pub use per_layer::PerLayer;
 pub use pyramid::Pyramid;
+
+/// Whether a policy has a budget in any layer, so that a wrapper of budgets does something.
+fn has_budget(policy: &dyn Policy, spec: &ModelSpec) -> bool {
+    const SEEN: usize = 1000;
+    (0..spec.layers).any(|layer| policy.budget(&LayerCx { layer, spec }, SEEN) != Budget::Unlimited)
+}
 
 /// Forwards the named methods of [`Policy`](crate::Policy) to a wrapped policy.
 macro_rules! forward {

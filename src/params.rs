@@ -87,7 +87,8 @@ pub enum Amount {
 }
 
 impl Amount {
-    /// The number of entries at `seen` tokens; fractional for a share.
+    /// The number of entries at `seen` tokens; fractional for a share: the product in double precision, which kvpress
+    /// truncates as a store does, so 29% of 100 is 28.999... and holds 28.
     pub fn of(self, seen: usize) -> f64 {
         match self {
             Self::Entries(n) => n as f64,

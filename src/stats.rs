@@ -12,6 +12,8 @@ pub struct Usage {
     pub pages_in_use: u64,
     /// Bytes of those pages.
     pub bytes_in_use: u64,
+    /// The most that were in use at any moment since the store was made.
+    pub bytes_peak: u64,
     /// Bytes taken from the system so far, free pages included.
     pub bytes_reserved: u64,
     /// The most that may be reserved; `None` for no limit.
@@ -25,12 +27,12 @@ pub struct Usage {
 }
 
 /// A run: figures over the steps that end in a token (the last chunk of a prefill, and each decode step).
-/// Peaks count every step.
+/// Peaks count every moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
     /// Steps over which the means are taken.
     pub sampled_steps: u64,
-    /// The largest `bytes_in_use` after any step.
+    /// The most bytes in use at any moment, within steps too.
     pub peak_bytes: u64,
     /// Mean of `bytes_in_use`.
     pub mean_bytes: f64,
@@ -53,7 +55,7 @@ impl Stats {
     }
 
     pub(crate) fn record(&mut self, usage: &Usage, dense_tokens: u64, entries_per_token: u64, sampled: bool) {
-        self.peak_bytes = self.peak_bytes.max(usage.bytes_in_use);
+        self.peak_bytes = usage.bytes_peak;
         self.dense_peak_bytes = self.dense_peak_bytes.max(dense_tokens * usage.dense_bytes_per_token);
         (self.written, self.evicted) = (usage.written, usage.evicted);
         if sampled {

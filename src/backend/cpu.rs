@@ -71,7 +71,8 @@ struct Cpu<E> {
     pool: Pool<E>,
     needs: Vec<Needs>,
     sequences: HashMap<SeqId, Sequence>,
-    failures: HashMap<SeqId, Error>,
+    /// Dropped sequences until they are released; the reason until it was told.
+    failures: HashMap<SeqId, Option<Error>>,
     live: u64,
     written: u64,
     evicted: u64,
@@ -209,11 +210,17 @@ impl<E: Element> Storage for Cpu<E> {
         &Device::Cpu
     }
 
-    fn prepare(&mut self, needs: &[Needs]) -> Vec<String> {
-        let rope = self.spec.rope.is_some();
-        let moments = needs.iter().any(|n| n.query_moments.is_some());
+    fn prepare(&mut self, spec: &ModelSpec, needs: &[Needs]) -> Vec<String> {
+        let mut why = vec![];
+        let shape = |s: &ModelSpec| (s.layers, s.q_heads, s.kv_heads, s.head_dim, s.rope.clone());
+        if shape(spec) != shape(&self.spec) {
+            why.push("the store was made for a model of another shape".into());
+        }
+        if needs.iter().any(|n| n.query_moments.is_some()) && spec.rope.is_none() {
+            why.push("query moments need the model's RoPE to undo it".into());
+        }
         self.needs = needs.to_vec();
-        if moments && !rope { vec!["query moments need the model's RoPE to undo it".into()] } else { vec![] }
+        why
     }
 
     fn append(
@@ -231,7 +238,7 @@ impl<E: Element> Storage for Cpu<E> {
             }
             if let Err(error) = self.append_span(layer, span, first, &tokens, protect) {
                 self.release(span.seq);
-                self.failures.insert(span.seq, error);
+                self.failures.insert(span.seq, Some(error));
             }
         }
         Ok(())
@@ -244,12 +251,12 @@ impl<E: Element> Storage for Cpu<E> {
         }
         let width = self.spec.q_heads * self.spec.head_dim;
         let q: Vec<f32> = q.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-        let spec = self.spec.clone();
+        let spec = &self.spec;
         for (first, span) in offsets(spans) {
             let Some(sequence) = self.sequences.get_mut(&span.seq) else { continue };
             let queries = &q[first * width..][..span.len * width];
             if let Some(moments) = &mut sequence.moments[layer] {
-                moments.add(&spec, span.start, queries);
+                moments.add(spec, span.start, queries);
             }
             let ring = &mut sequence.queries[layer];
             let skip = span.len.saturating_sub(last_queries);
@@ -314,8 +321,9 @@ impl<E: Element> Storage for Cpu<E> {
         }
     }
 
-    fn take_failures(&mut self) -> Vec<(SeqId, Error)> {
-        self.failures.drain().collect()
+    fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)> {
+        let told = spans.iter().filter_map(|span| Some((span.seq, self.failures.get_mut(&span.seq)?.take()?)));
+        told.collect()
     }
 
     fn usage(&self) -> Usage {
@@ -324,6 +332,7 @@ impl<E: Element> Storage for Cpu<E> {
             live_entries: self.live,
             pages_in_use: self.pool.pages_in_use(),
             bytes_in_use: self.pool.pages_in_use() * self.pool.page_bytes(),
+            bytes_peak: self.pool.pages_peak() * self.pool.page_bytes(),
             bytes_reserved: self.pool.pages_reserved() * self.pool.page_bytes(),
             bytes_limit: self.pool.limit(),
             written: self.written,

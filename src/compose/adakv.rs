@@ -1,4 +1,8 @@
-use crate::{compose::forward, policy::*};
+use crate::{
+    ModelSpec,
+    compose::{forward, has_budget},
+    policy::*,
+};
 
 crate::policy_params! {
     /// AdaKV: the KV heads of a layer share the inner policy's budget; its scores compete across heads.
@@ -12,7 +16,7 @@ crate::policy_params! {
 }
 
 impl Policy for AdaKv {
-    forward!(inner: misfits, needs, protect, on_write, when, score, same_for_all_heads);
+    forward!(inner: needs, protect, on_write, when, score, same_for_all_heads);
 
     fn faults(&self) -> Vec<String> {
         let mut why = self.inner.faults();
@@ -21,6 +25,14 @@ impl Policy for AdaKv {
                 "adakv: `{}` keeps the same positions in every KV head, there is nothing to share",
                 self.inner
             ));
+        }
+        why
+    }
+
+    fn misfits(&self, spec: &ModelSpec) -> Vec<String> {
+        let mut why = self.inner.misfits(spec);
+        if !has_budget(&*self.inner, spec) {
+            why.push(format!("adakv: `{}` has no budget per head to share", self.inner));
         }
         why
     }

@@ -1,6 +1,6 @@
 use crate::{
-    Registry,
-    compose::forward,
+    ModelSpec, Registry,
+    compose::{forward, has_budget},
     params::{Args, Configured, Info},
     policy::*,
     registry::split_outside,
@@ -19,7 +19,15 @@ pub struct Every {
 }
 
 impl Policy for Every {
-    forward!(inner: faults, misfits, needs, protect, on_write, budget, score, same_for_all_heads);
+    forward!(inner: faults, needs, protect, on_write, budget, score, same_for_all_heads);
+
+    fn misfits(&self, spec: &ModelSpec) -> Vec<String> {
+        let mut why = self.inner.misfits(spec);
+        if !has_budget(&*self.inner, spec) {
+            why.push(format!("every: `{}` has no budget to trim to", self.inner));
+        }
+        why
+    }
 
     fn when(&self, cx: &LayerCx) -> When {
         When { every: Some(self.n), ..self.inner.when(cx) }

@@ -38,7 +38,11 @@ impl Policy for PerLayer {
     fn misfits(&self, spec: &ModelSpec) -> Vec<String> {
         let beyond = self.ranges.iter().filter(|(layers, _)| *layers.end() >= spec.layers);
         let beyond = beyond.map(|(layers, _)| {
-            format!("per-layer: layers {} are beyond the model's last layer {}", range(layers), spec.layers - 1)
+            format!(
+                "per-layer: layers {} are beyond the model's last layer {}",
+                range(layers),
+                spec.layers.saturating_sub(1)
+            )
         });
         beyond.chain(self.each().flat_map(|policy| policy.misfits(spec))).collect()
     }

@@ -1,4 +1,8 @@
-use crate::{compose::forward, policy::*};
+use crate::{
+    ModelSpec,
+    compose::{forward, has_budget},
+    policy::*,
+};
 
 crate::policy_params! {
     /// PyramidKV: the same total over the model, more for early layers, falling linearly from layer to layer.
@@ -12,13 +16,28 @@ crate::policy_params! {
 }
 
 impl Policy for Pyramid {
-    forward!(inner: faults, misfits, needs, protect, on_write, when, score, same_for_all_heads);
+    forward!(inner: faults, needs, protect, on_write, when, score, same_for_all_heads);
+
+    fn misfits(&self, spec: &ModelSpec) -> Vec<String> {
+        let mut why = self.inner.misfits(spec);
+        if !has_budget(&*self.inner, spec) {
+            why.push(format!("pyramid: `{}` has no budget to tilt", self.inner));
+        }
+        why
+    }
 
     fn budget(&self, cx: &LayerCx, seen: usize) -> Budget {
+        let window = self.inner.protect(cx).recent as f64;
+        let tilted = |mean: f64| layer_budget(mean, window, self.beta, seen as f64, cx);
         match self.inner.budget(cx, seen) {
-            Budget::PerHead(mean) => {
-                let window = self.inner.protect(cx).recent as f64;
-                Budget::PerHead(layer_budget(mean, window, self.beta, seen as f64, cx))
+            Budget::PerHead(mean) => Budget::PerHead(tilted(mean)),
+            Budget::Pooled { total, floor } => {
+                let mean = total as f64 / cx.spec.kv_heads as f64;
+                let own = tilted(mean);
+                Budget::Pooled {
+                    total: own as usize * cx.spec.kv_heads,
+                    floor: (floor as f64 * own / mean.max(1.0)) as usize,
+                }
             }
             other => other,
         }

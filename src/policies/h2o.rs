@@ -1,22 +1,36 @@
-use crate::{error::Result, params::Amount, policies::ops, policy::*};
+use crate::{
+    error::Result,
+    params::{Amount, Auto, AutoOr},
+    policies::ops,
+    policy::*,
+};
 
 crate::policy_params! {
     /// Heavy-Hitter Oracle: keeps the entries that drew the most attention, and the newest ones.
-    /// Attention is summed over every query of the prefill and of decode and over the GQA group, per KV head;
-    /// the paper splits its budget in halves, so its recipe is `recent` = budget/2.
+    /// Attention is summed over every query of the prefill and of decode and over the GQA group, per KV head.
     pub struct H2o = "h2o", paper "arXiv 2306.14048" {
         /// Entries each KV head keeps, the newest included.
         budget: Amount, in ..;
-        /// Newest entries that are never dropped; their sums are still noise.
-        recent: u32 = 32, in 0..=1 << 30;
+        /// Newest entries that are never dropped; their sums are still noise. `auto` is half of the budget, as in the
+        /// paper; 32 where the budget is a share of the tokens seen.
+        recent: Auto<u32> = Auto(None), in AutoOr(0..=1 << 30);
         /// Rank by the mean over the queries that could see an entry, not by the sum (kvpress's ObservedAttention).
         normalise: bool = false, in ..;
     }
 }
 
+impl H2o {
+    fn recent(&self) -> u32 {
+        self.recent.0.unwrap_or(match self.budget {
+            Amount::Entries(n) => (n / 2) as u32,
+            Amount::Share(_) => 32,
+        })
+    }
+}
+
 impl Policy for H2o {
     fn faults(&self) -> Vec<String> {
-        self.budget.too_small_for("recent", self.recent as usize).into_iter().collect()
+        self.budget.too_small_for("recent", self.recent() as usize).into_iter().collect()
     }
 
     fn needs(&self, _: &LayerCx) -> Needs {
@@ -24,7 +38,7 @@ impl Policy for H2o {
     }
 
     fn protect(&self, _: &LayerCx) -> Protect {
-        Protect { recent: self.recent, ..Protect::default() }
+        Protect { recent: self.recent(), ..Protect::default() }
     }
 
     fn budget(&self, _: &LayerCx, seen: usize) -> Budget {

@@ -60,6 +60,7 @@ fn redundancy(held: &dyn Held, similar: f64) -> Result<Tensor> {
     let keys = held.keys()?;
     let (_, len, _) = keys.dims3()?;
     let unit = keys.broadcast_div(&ops::norm(&keys, 1e-8)?)?;
+    let valid = held.valid()?;
     let index = Tensor::arange(1f32, len as f32 + 1.0, keys.device())?;
     let mut means = vec![];
     for start in (0..len).step_by(TILE) {
@@ -67,12 +68,13 @@ fn redundancy(held: &dyn Held, similar: f64) -> Result<Tensor> {
         let cos = unit.matmul(&unit.narrow(1, start, width)?.t()?)?; // [rows, len, width]
         let others = index.unsqueeze(1)?.broadcast_ne(&index.narrow(0, start, width)?)?.to_dtype(DType::F32)?;
         let cos = cos.broadcast_mul(&others)?;
+        let pairs = others.broadcast_mul(&valid.unsqueeze(2)?)?; // padding repeats nothing, nor does a key itself
         let repeats = cos.gt(similar)?.to_dtype(DType::F32)?.broadcast_mul(&index.unsqueeze(1)?)?;
+        let repeats = (repeats * pairs)?;
         let newest = repeats.max_keepdim(1)?; // 0 where nothing is repeated
         let counted = index.unsqueeze(1)?.broadcast_ne(&newest)?.to_dtype(DType::F32)?;
         means.push((cos * counted)?.sum(1)?);
     }
-    let valid = held.valid()?;
     let mean = Tensor::cat(&means, 1)?.broadcast_div(&valid.sum_keepdim(1)?)?;
     let exp = (mean.exp()? * valid)?; // cosines: no overflow to guard against
     Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)

@@ -3,7 +3,7 @@
 use super::Rng;
 use candle_core::{Device, Tensor};
 use kvpolicy::{
-    Budget, Error, Held, Needs, NewTokens, Protect, Result, Score, SeqId, Span, Usage, Verdict,
+    Budget, Error, Held, ModelSpec, Needs, NewTokens, Protect, Result, Score, SeqId, Span, Usage, Verdict,
     backend::{Attention, Backend, Storage, Tap},
 };
 use std::sync::{
@@ -30,8 +30,8 @@ impl Storage for Lazy {
     fn device(&self) -> &Device {
         self.inner.device()
     }
-    fn prepare(&mut self, needs: &[Needs]) -> Vec<String> {
-        self.inner.prepare(needs)
+    fn prepare(&mut self, spec: &ModelSpec, needs: &[Needs]) -> Vec<String> {
+        self.inner.prepare(spec, needs)
     }
     fn append(&mut self, layer: usize, spans: &[Span], new: &NewTokens, v: &Verdict, protect: Protect) -> Result<()> {
         self.inner.append(layer, spans, new, v, protect)
@@ -48,8 +48,8 @@ impl Storage for Lazy {
     fn release(&mut self, seq: SeqId) {
         self.inner.release(seq);
     }
-    fn take_failures(&mut self) -> Vec<(SeqId, Error)> {
-        self.inner.take_failures()
+    fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)> {
+        self.inner.take_failures(spans)
     }
     fn usage(&self) -> Usage {
         self.inner.usage()

@@ -125,8 +125,8 @@ impl Tokenizer {
     /// Builds the tokenizer that a GGUF file carries in its metadata (`tokenizer.ggml.*`).
     ///
     /// - `tokenizer.ggml.model` = `gpt2`: byte-level BPE. `tokenizer.ggml.pre` names how text is cut into words; a
-    ///   name that is not known is refused, since other words give other ids. For `qwen2` text is first brought to
-    ///   Unicode NFC, as Qwen's own tokenizer does.
+    ///   name that is not known is refused, since other words give other ids; `default` is taken for GPT-2's. For
+    ///   `qwen2` text is first brought to Unicode NFC, as Qwen's own tokenizer does.
     /// - `llama`: SentencePiece BPE with byte fallback. The pieces' scores are turned into merges; where two pieces
     ///   have the same score, the one with the lower id merges first and SentencePiece takes the leftmost.
     /// - Control tokens are recognised in text and silent in output; user-defined tokens are recognised and written.
@@ -183,10 +183,11 @@ impl Tokenizer {
     /// The ids of `text`. Special tokens written in it (`<|im_start|>`) become their one id.
     ///
     /// A model that wants a bos gets it first, unless the text starts with it, as a rendered chat template does.
+    /// Bytes that a byte-level vocabulary lacks are left out, as transformers does (SmolLM2 has no `0xF1`, say).
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenizer`] when the vocabulary has no way to spell the text.
+    /// [`Error::Tokenizer`] when a word-level vocabulary has neither the word nor an unknown token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
         let ids = encoding.get_ids();

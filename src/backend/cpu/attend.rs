@@ -54,8 +54,7 @@ pub(super) fn attend<E: Element>(
     tap: Tap,
 ) -> (Vec<f32>, Vec<Vec<f32>>) {
     let heads = cpu.spec.kv_heads;
-    let spans = offsets(spans).enumerate();
-    let jobs = spans.flat_map(|(i, (first, span))| {
+    let jobs = offsets(spans).enumerate().flat_map(|(i, (first, span))| {
         (0..heads).filter_map(move |head| {
             let row = cpu.row(layer, span.seq, head)?;
             Some(Job { row, span, head, first, index: i * heads + head })
@@ -65,7 +64,7 @@ pub(super) fn attend<E: Element>(
     let layer = Layer { cpu, queries, protect };
     let rows = queries.len() / cpu.spec.head_dim;
     let mut output = Output { y: vec![0.0; queries.len()], lse: vec![0.0; rows] };
-    let mut mass = vec![vec![]; spans_times_heads(&jobs)];
+    let mut mass = vec![vec![]; spans.len() * heads];
     let (decode, prefill): (Vec<&Job>, Vec<&Job>) = jobs.iter().partition(|job| job.span.len == 1);
     layer.decode(&decode, &mut output, tap, &mut mass);
     layer.prefill(&prefill, &mut output);
@@ -73,10 +72,6 @@ pub(super) fn attend<E: Element>(
         layer.prefill_mass(&prefill, &output.lse, decay, &mut mass);
     }
     (output.y, mass)
-}
-
-fn spans_times_heads(jobs: &[Job]) -> usize {
-    jobs.last().map_or(0, |job| job.index + 1)
 }
 
 /// Softmax over a part of a row for the group's queries: running maximum, sum and unnormalised output.
@@ -251,7 +246,9 @@ impl<E: Element> Layer<'_, E> {
             y.iter_mut().for_each(|y| *y /= sum);
         }
         debug_assert_eq!(rows, tokens.len() * group);
-        let lse = max.iter().zip(&sum).map(|(max, sum)| max + sum.ln()).collect();
+        // A query that sees nothing puts no mass anywhere.
+        let lse = max.iter().zip(&sum).map(|(max, sum)| if *sum == 0.0 { f32::INFINITY } else { max + sum.ln() });
+        let lse = lse.collect();
         Output { y, lse }
     }
 

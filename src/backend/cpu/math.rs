@@ -128,11 +128,11 @@ fn block<const M: usize>(a: &[f32], b: &[f32], c: &mut [f32], k: usize, n: usize
     }
 }
 
-/// e^x for x <= 0 within 2e-7 relative; 0 below -87.
+/// e^x for x <= 0 within 2e-7 relative; 0 below -87, NaN for NaN.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     // e^x = 2^n e^r with n = round(x / ln 2) and r in [-ln 2 / 2, ln 2 / 2], ln 2 in two parts.
-    let clamped = x.max(-87.0);
+    let clamped = if x < -87.0 { -87.0 } else { x }; // not `max`: a NaN stays one
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
     let shifted = fma(clamped, std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;

@@ -3,6 +3,8 @@
 use crate::error::{Error, Result};
 use candle_core::WithDType;
 
+/// Entries of the largest page.
+const MOST_ENTRIES: usize = 1 << 16;
 /// Pages per allocation.
 const SLAB_PAGES: usize = 64;
 
@@ -46,17 +48,26 @@ pub(super) struct Pool<E> {
     slabs: Vec<Slab<E>>,
     free: Vec<u32>,
     reserved: usize,
+    peak: usize,
     max_pages: usize,
     limit: Option<u64>,
 }
 
 impl<E: WithDType + Default> Pool<E> {
     pub(super) fn new(head_dim: usize, page_size: usize, limit: Option<u64>) -> Result<Self> {
-        if page_size == 0 {
-            return Err(Error::Config("page_size=0: a page holds at least one entry".into()));
+        if !(1..=MOST_ENTRIES).contains(&page_size) {
+            return Err(Error::Config(format!("page_size={page_size} is not accepted: 1..={MOST_ENTRIES} entries")));
         }
-        let mut pool =
-            Self { page_size, head_dim, slabs: vec![], free: vec![], reserved: 0, max_pages: u32::MAX as usize, limit };
+        let mut pool = Self {
+            page_size,
+            head_dim,
+            slabs: vec![],
+            free: vec![],
+            reserved: 0,
+            peak: 0,
+            max_pages: u32::MAX as usize,
+            limit,
+        };
         if let Some(limit) = limit {
             pool.max_pages = pool.max_pages.min((limit / pool.page_bytes()) as usize);
             if pool.max_pages == 0 {
@@ -85,11 +96,17 @@ impl<E: WithDType + Default> Pool<E> {
         (self.reserved - self.free.len()) as u64
     }
 
+    pub(super) fn pages_peak(&self) -> u64 {
+        self.peak as u64
+    }
+
     pub(super) fn take(&mut self) -> std::result::Result<u32, Full> {
         if self.free.is_empty() {
             self.grow();
         }
-        self.free.pop().ok_or(Full { limit: self.limit.unwrap_or(u64::MAX) })
+        let page = self.free.pop().ok_or(Full { limit: self.limit.unwrap_or(u64::MAX) });
+        self.peak = self.peak.max(self.reserved - self.free.len());
+        page
     }
 
     pub(super) fn give(&mut self, page: u32) {
@@ -98,6 +115,9 @@ impl<E: WithDType + Default> Pool<E> {
 
     fn grow(&mut self) {
         let pages = SLAB_PAGES.min(self.max_pages - self.reserved);
+        if pages == 0 {
+            return;
+        }
         let (entries, first) = (pages * self.page_size, self.reserved as u32);
         self.slabs.push(Slab {
             k: vec![E::default(); entries * self.head_dim],

@@ -49,6 +49,9 @@ impl Row {
     pub(super) fn mark_newest<E: Element>(&mut self, pool: &mut Pool<E>, protect: Protect) {
         let Some((pos, slot)) = self.newest else { return };
         let (page, offset) = self.at(pool, slot);
+        if pool.page(page, offset + 1).mark[offset] {
+            return; // already waiting for its end
+        }
         pool.set_mark(page, offset);
         if pos >= protect.sinks {
             self.pending.push_back((pos, slot));
@@ -96,23 +99,32 @@ impl Row {
 
     /// Drops the entries in `slots`.
     pub(super) fn remove<E: Element>(&mut self, pool: &mut Pool<E>, slots: &[usize]) {
+        if slots.is_empty() {
+            return;
+        }
+        // Which entry is in each slot, and where each entry ends up: nowhere if it is dropped.
+        let mut entries: Vec<usize> = (0..self.len).collect();
+        let mut places: Vec<Option<usize>> = (0..self.len).map(Some).collect();
+        slots.iter().for_each(|&slot| places[slot] = None);
         let mut slots = slots.to_vec();
         slots.sort_unstable_by(|a, b| b.cmp(a)); // from the back, so that no doomed entry is moved
         for slot in slots {
-            self.swap_remove(pool, slot);
+            let last = self.swap_remove(pool, slot);
+            if last != slot {
+                entries[slot] = entries[last];
+                places[entries[slot]] = Some(slot);
+            }
         }
+        let follow = |(pos, slot): (u32, usize)| Some((pos, places[slot]?));
+        self.pending = std::mem::take(&mut self.pending).into_iter().filter_map(follow).collect();
+        self.newest = self.newest.and_then(follow);
     }
 
-    /// The last entry takes the place of the dropped one.
-    fn swap_remove<E: Element>(&mut self, pool: &mut Pool<E>, slot: usize) {
+    /// The last entry takes the place of the dropped one; returns the place it had.
+    fn swap_remove<E: Element>(&mut self, pool: &mut Pool<E>, slot: usize) -> usize {
         let last = self.len - 1;
-        self.pending.retain(|&(_, s)| s != slot);
-        self.newest = self.newest.filter(|&(_, s)| s != slot);
         if slot != last {
             pool.copy(self.at(pool, last), self.at(pool, slot));
-            let moved = |s: &mut usize| *s = if *s == last { slot } else { *s };
-            self.pending.iter_mut().for_each(|(_, s)| moved(s));
-            self.newest.iter_mut().for_each(|(_, s)| moved(s));
         }
         self.len = last;
         if self.len.is_multiple_of(pool.page_size)
@@ -120,6 +132,7 @@ impl Row {
         {
             pool.give(page);
         }
+        last
     }
 
     pub(super) fn free<E: Element>(self, pool: &mut Pool<E>) {
@@ -193,7 +206,7 @@ impl Census {
             if mark {
                 dead.push(slot);
             } else {
-                let score = ranks.map_or(carried, |ranks| ranks[slot]);
+                let score = ranks.map_or(carried, |ranks| ranks[slot]) + 0.0; // -0 ties with 0
                 candidates.push(Candidate { score, pos, head, slot });
             }
         }
