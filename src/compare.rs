@@ -108,11 +108,13 @@ pub struct Contender {
     pub policy: Arc<dyn Policy>,
 }
 
-/// The policies to compare at one context length.
+/// The policies to compare at one context length in tasks that share their runs.
 #[derive(Debug, Clone)]
 pub struct Contest {
     /// Context length in tokens.
     pub context: usize,
+    /// One element of [`task_groups`].
+    pub tasks: Vec<Task>,
     /// The policies.
     pub contenders: Vec<Contender>,
 }
@@ -120,10 +122,8 @@ pub struct Contest {
 /// What to compare.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// Context lengths with their policies.
-    pub contests: Vec<Contest>,
     /// What to measure.
-    pub tasks: Vec<Task>,
+    pub contests: Vec<Contest>,
     /// Texts per context, prompts per context, repetitions of a timing.
     pub samples: usize,
     /// Chooses texts, numbers and depths.
@@ -152,13 +152,12 @@ pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> R
     progress.start(units(plan));
     for contest in &plan.contests {
         let texts = Excerpts { subject, plan, contest };
-        for group in groups(&plan.tasks) {
-            rows.extend(match group {
-                Group::Likelihood => likelihood::run(&texts, progress)?,
-                Group::Needle(task) => needle::run(&texts, task, progress)?,
-                Group::Speed => speed::run(&texts, progress)?,
-            });
-        }
+        rows.extend(match contest.tasks.first() {
+            Some(Task::Ppl | Task::Kl) => likelihood::run(&texts, progress)?,
+            Some(task @ (Task::Needle | Task::NeedleAware)) => needle::run(&texts, *task, progress)?,
+            Some(Task::Speed) => speed::run(&texts, progress)?,
+            None => vec![],
+        });
     }
     Ok(rows)
 }
@@ -169,40 +168,32 @@ fn check(plan: &Plan) -> Result<()> {
         return refuse("samples=0: at least one");
     }
     let empty = plan.contests.is_empty() || plan.contests.iter().any(|contest| contest.contenders.is_empty());
-    if empty || plan.tasks.is_empty() {
+    if empty {
         return refuse("nothing to compare: name policies, tasks and contexts");
     }
-    match plan.contests.iter().find(|contest| contest.context < MIN_CONTEXT) {
-        Some(contest) => refuse(&format!("context={} is too short: {MIN_CONTEXT} or more", contest.context)),
-        None => Ok(()),
+    plan.contests.iter().try_for_each(|contest| check_context(contest.context))
+}
+
+fn check_context(context: usize) -> Result<()> {
+    if context >= MIN_CONTEXT {
+        return Ok(());
     }
+    Err(Error::Config(format!("context={context} is too short: {MIN_CONTEXT} or more")))
 }
 
 /// The shortest context in which every task has room.
 const MIN_CONTEXT: usize = 128;
 
-/// Tasks that share runs.
-enum Group {
-    Likelihood,
-    Needle(Task),
-    Speed,
-}
-
-fn groups(tasks: &[Task]) -> Vec<Group> {
-    let mut groups = vec![];
-    if tasks.contains(&Task::Ppl) || tasks.contains(&Task::Kl) {
-        groups.push(Group::Likelihood);
-    }
-    groups.extend([Task::Needle, Task::NeedleAware].into_iter().filter(|t| tasks.contains(t)).map(Group::Needle));
-    if tasks.contains(&Task::Speed) {
-        groups.push(Group::Speed);
-    }
-    groups
+/// The tasks in groups that share their runs.
+pub fn task_groups(tasks: &[Task]) -> Vec<Vec<Task>> {
+    let (likelihood, others): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|t| matches!(t, Task::Ppl | Task::Kl));
+    let groups = std::iter::once(likelihood).chain(others.into_iter().map(|task| vec![task]));
+    groups.filter(|group| !group.is_empty()).collect()
 }
 
 fn units(plan: &Plan) -> u64 {
     let contenders: usize = plan.contests.iter().map(|contest| contest.contenders.len()).sum();
-    (groups(&plan.tasks).len() * plan.samples * contenders) as u64
+    (plan.samples * contenders) as u64
 }
 
 /// Excerpts of the text at one context length.

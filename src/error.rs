@@ -56,6 +56,9 @@ pub enum Error {
         /// The pool's limit in bytes.
         limit: u64,
     },
+    /// A compression that a policy cannot reach: what it holds at the least.
+    #[error("{0}")]
+    OutOfReach(String),
     /// An error of a model under comparison.
     #[error("{0}")]
     Host(Box<dyn std::error::Error + Send + Sync>),

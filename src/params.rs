@@ -73,7 +73,8 @@ impl Display for FilePath {
 impl Param for FilePath {
     const KIND: &'static str = "path";
     fn read(text: &str) -> Option<Self> {
-        (!text.is_empty()).then(|| Self(text.into()))
+        let own = |c: char| ",;()".contains(c);
+        (!text.is_empty() && !text.contains(own)).then(|| Self(text.into()))
     }
 }
 
@@ -129,7 +130,7 @@ fn percent(share: f64) -> String {
 }
 
 impl Param for Amount {
-    const KIND: &'static str = "entries (512) or share of the tokens seen (25%)";
+    const KIND: &'static str = "1 or more entries (512), or a share of the tokens seen up to 100% (25%)";
     fn read(text: &str) -> Option<Self> {
         match text.strip_suffix('%') {
             Some(percent) => {

@@ -116,6 +116,9 @@ impl Registry {
     }
 
     fn read(&self, text: &str) -> std::result::Result<Arc<dyn Policy>, Vec<String>> {
+        if depth(text) > DEEPEST {
+            return Err(vec![format!("is nested deeper than {DEEPEST} policies")]);
+        }
         let mut args = Args::split(text);
         let Some(entry) = self.entries.iter().find(|e| e.info.name == args.name()) else {
             return Err(vec![self.unknown(args.name())]);
@@ -135,6 +138,22 @@ impl Registry {
         let names: Vec<_> = self.entries.iter().map(|e| e.info.name).collect();
         format!("unknown policy `{name}` (known: {})", names.join(", "))
     }
+}
+
+/// Wrappers around a policy.
+const DEEPEST: usize = 16;
+
+/// The most parentheses that are open at once.
+fn depth(text: &str) -> usize {
+    let depths = text.chars().scan(0usize, |depth, c| {
+        *depth = match c {
+            '(' => *depth + 1,
+            ')' => depth.saturating_sub(1),
+            _ => *depth,
+        };
+        Some(*depth)
+    });
+    depths.max().unwrap_or(0)
 }
 
 /// Splits at a separator that stands outside every pair of parentheses.

@@ -418,7 +418,7 @@ fn every_bad_string_is_refused_with_its_reasons() {
             "per-layer(0=h2o:recent=x; 1-=full; 2=window; 3=adakv(nope:a=1))",
             vec![
                 "in `h2o:recent=x`: parameter `budget` is missing",
-                "in `h2o:recent=x`: recent=x is not accepted: whole number, 0..=1073741824",
+                "in `h2o:recent=x`: recent=x is not accepted: whole number, auto or 0..=1073741824",
                 "layers `1-` are not accepted",
                 "in `window`: parameter `size` is missing (whole number, 1..=1073741824)",
                 "in `adakv(nope:a=1)`: in `nope:a=1`: unknown policy `nope`",

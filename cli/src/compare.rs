@@ -5,7 +5,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvpolicy::{
-    KvCache, Registry,
+    Registry,
     compare::{self, Contender, Contest, Host, Plan, Progress, Report, SCHEMA, Sample, Subject, Task},
 };
 use kvpolicy_candle::Hosted;
@@ -56,15 +56,17 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     }
     let text = read_text(&args.text)?;
     let hosted = args.model.load()?;
-    let contests = args.context.iter().map(|&context| contest(args, registry, &hosted, &policies, context));
-    let plan = Plan { contests: contests.collect::<Result<_>>()?, tasks, samples: args.samples, seed: args.seed, text };
+    let groups = compare::task_groups(&tasks);
+    let cells = args.context.iter().flat_map(|&context| groups.iter().map(move |tasks| (context, tasks.clone())));
+    let contests = cells.map(|(context, tasks)| contest(args, registry, &hosted, &policies, context, tasks));
+    let plan = Plan { contests: contests.collect::<Result<_>>()?, samples: args.samples, seed: args.seed, text };
     check(&plan, &hosted)?;
 
     let mut progress = Bar::new(args.out.as_deref())?;
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let rows = compare::run(&hosted, &plan, &mut progress)?;
     progress.finish()?;
-    println!("{}", table::comparison(&rows, &plan.tasks));
+    println!("{}", table::comparison(&rows, &tasks));
     if let Some(dir) = &args.out {
         let report = report(args, &hosted, &plan, started, rows)?;
         write_json(&dir.join("results.json"), &report)?;
@@ -73,7 +75,14 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     Ok(())
 }
 
-fn contest(args: &Args, registry: &Registry, hosted: &Hosted, policies: &[&str], context: usize) -> Result<Contest> {
+fn contest(
+    args: &Args,
+    registry: &Registry,
+    hosted: &Hosted,
+    policies: &[&str],
+    context: usize,
+    tasks: Vec<Task>,
+) -> Result<Contest> {
     let mut contenders = vec![];
     for text in policies {
         if args.sweep.is_empty() || !compare::sweepable(registry, text) {
@@ -81,11 +90,16 @@ fn contest(args: &Args, registry: &Registry, hosted: &Hosted, policies: &[&str],
             continue;
         }
         for &ratio in &args.sweep {
-            let (label, policy) = compare::fit(registry, text, &hosted.spec(), context, ratio)?;
-            contenders.push(Contender { label, policy });
+            match compare::fit(registry, text, &hosted.spec(), tasks[0], context, ratio) {
+                Ok(policy) => contenders.push(Contender { label: format!("{text} @{ratio}x"), policy }),
+                Err(kvpolicy::Error::OutOfReach(what)) => {
+                    eprintln!("left out at context {context}: {text} @{ratio}x {what}")
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
     }
-    Ok(Contest { context, contenders })
+    Ok(Contest { context, tasks, contenders })
 }
 
 /// What would fail after minutes fails now.
@@ -99,7 +113,6 @@ fn check(plan: &Plan, hosted: &Hosted) -> Result<()> {
         );
         for contender in &contest.contenders {
             hosted.lm.session(contender.policy.clone(), &hosted.store)?;
-            KvCache::gate_source(&*contender.policy, &hosted.spec())?;
         }
     }
     Ok(())
@@ -110,7 +123,7 @@ fn report(args: &Args, hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<com
         schema: SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_string(),
         started,
-        command: std::env::args().collect(),
+        command: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
         model: hosted.lm.name().to_string(),
         model_sha256: hosted.lm.sha256()?,
         dtype: hosted.lm.dtype().as_str().to_string(),

@@ -54,7 +54,11 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         if let Some(piece) = stream.push(token)? {
             write!(out, "{piece}").and_then(|_| out.flush()).context("standard output")?;
         }
-        logits = session.decode(token)?;
+        if generated < args.max_tokens && session.has_room() {
+            logits = session.decode(token)?;
+        } else {
+            break;
+        }
     }
     let wrote = start.elapsed().as_secs_f64();
     writeln!(out, "{}", stream.finish()?.unwrap_or_default()).context("standard output")?;

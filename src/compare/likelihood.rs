@@ -13,7 +13,7 @@ pub(super) fn scored_tokens(context: usize) -> usize {
 
 pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     let plan = texts.plan;
-    let wants_kl = plan.tasks.contains(&Task::Kl);
+    let wants_kl = texts.contest.tasks.contains(&Task::Kl);
     let mut scores = vec![Scores::default(); texts.contenders().len()];
     let mut runs = vec![Runs::default(); texts.contenders().len()];
     for sample in 0..plan.samples {
@@ -22,7 +22,7 @@ pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<R
         if wants_kl {
             let full = Contender { label: "full".into(), policy: Arc::new(Full {}) };
             let mut sequence = texts.subject.open(&full.policy)?;
-            walk(&mut *sequence, &tokens, |logits, _| reference.push(log_softmax(logits)))?;
+            walk(&mut *sequence, &tokens, |logits, _| reference.push(narrow(&log_softmax(logits))))?;
         }
         for (i, contender) in texts.contenders().iter().enumerate() {
             progress.unit(&format!("ppl {} at {}", contender.label, texts.context()));
@@ -46,7 +46,7 @@ pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<R
     let mut rows = vec![];
     for ((contender, scores), runs) in texts.contenders().iter().zip(&scores).zip(&runs) {
         let n = scores.count as f64;
-        for &task in plan.tasks.iter().filter(|t| matches!(t, Task::Ppl | Task::Kl)) {
+        for &task in &texts.contest.tasks {
             let metrics = match task {
                 Task::Kl => Metrics { kl: Some(scores.kl / n), ..Metrics::default() },
                 _ => Metrics { ppl: Some((scores.nll / n).exp()), ..Metrics::default() },
@@ -92,7 +92,12 @@ fn walk(sequence: &mut dyn Sequence, tokens: &[u32], mut score: impl FnMut(&[f32
     Ok(())
 }
 
+/// Half the memory: one number for each scored token and vocabulary entry is kept.
+fn narrow(x: &[f64]) -> Vec<f32> {
+    x.iter().map(|&x| x as f32).collect()
+}
+
 /// KL(p || q) in nats, of log-probabilities.
-fn kl(log_p: &[f64], log_q: &[f64]) -> f64 {
-    log_p.iter().zip(log_q).map(|(p, q)| p.exp() * (p - q)).sum()
+fn kl(log_p: &[f32], log_q: &[f64]) -> f64 {
+    log_p.iter().zip(log_q).map(|(&p, q)| (p as f64).exp() * (p as f64 - q)).sum()
 }

@@ -8,7 +8,7 @@ const INTRODUCTION: &str =
     "There is an important pass key hidden inside a lot of text. Find it and memorize it. I will ask you about it.\n\n";
 const QUESTION: &str = "What is the pass key? Answer with the number only.";
 /// Tokens an answer may have.
-const ANSWER: usize = 16;
+pub(super) const ANSWER: usize = 16;
 
 /// A prompt in two parts.
 struct Prompt {
@@ -66,14 +66,18 @@ fn prompt(texts: &Excerpts, sample: usize) -> Result<Prompt> {
     let body = format!("{INTRODUCTION}{}{needle}{}\n\n", &hay[..depth], &hay[depth..]);
     let text = texts.subject.chat(&format!("{body}{QUESTION}"))?;
     let at = text.rfind(QUESTION).ok_or_else(|| Error::Config("the chat template drops the user's message".into()))?;
-    let (context, question) = (texts.subject.encode(&text[..at])?, texts.subject.encode(&text[at..])?);
+    // One encoding, so that nothing a tokenizer does at the start of a text happens in the middle of the prompt.
+    let (all, front) = (texts.subject.encode(&text)?, texts.subject.encode(&text[..at])?);
+    let split = all.iter().zip(&front).take_while(|(a, b)| a == b).count();
+    let (context, question) = (all[..split].to_vec(), all[split..].to_vec());
     Ok(Prompt { context, question, text, number })
 }
 
 /// The end of the sentence around a byte, or the nearest character boundary if there is none.
 fn sentence_end(text: &str, near: usize) -> usize {
     let near = super::floor_boundary(text, near);
-    text[near..].find(". ").map_or(near, |at| near + at + 1)
+    let reach = super::floor_boundary(text, near + 300);
+    text[near..reach].find(". ").map_or(near, |at| near + at + 1)
 }
 
 fn answer(
@@ -93,7 +97,9 @@ fn answer(
             break;
         }
         answer.push(token);
-        logits = sequence.decode(token)?;
+        if answer.len() < ANSWER {
+            logits = sequence.decode(token)?;
+        }
     }
     Ok((texts.subject.decode(&answer)?, sequence.stats()))
 }

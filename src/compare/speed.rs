@@ -5,7 +5,7 @@ use crate::error::Result;
 use std::time::Instant;
 
 /// Tokens generated for a timing.
-const GENERATED: usize = 32;
+pub(super) const GENERATED: usize = 32;
 
 pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     let plan = texts.plan;
@@ -14,6 +14,7 @@ pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<R
     let mut runs = vec![Runs::default(); texts.contenders().len()];
     for sample in 0..plan.samples {
         let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), texts.context() - GENERATED)?;
+        warm_up(texts, &tokens)?;
         for (i, contender) in texts.contenders().iter().enumerate() {
             progress.unit(&format!("speed {} at {}", contender.label, texts.context()));
             let mut sequence = texts.subject.open(&contender.policy)?;
@@ -46,6 +47,14 @@ pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<R
         Row::new(contender, Task::Speed, texts, metrics, runs)
     });
     Ok(rows.collect())
+}
+
+/// The first contender does not pay for cold memory.
+fn warm_up(texts: &Excerpts, tokens: &[u32]) -> Result<()> {
+    if let Some(first) = texts.contenders().first() {
+        texts.subject.open(&first.policy)?.prefill(&tokens[..tokens.len().min(64)], true)?;
+    }
+    Ok(())
 }
 
 fn median(values: &mut [f64]) -> f64 {

@@ -1,6 +1,6 @@
 //! Budgets at which policies hold the same number of entries.
 
-use super::likelihood::scored_tokens;
+use super::{Task, check_context, likelihood::scored_tokens, needle::ANSWER, speed::GENERATED};
 use crate::{
     error::{Error, Result},
     policy::{Budget, Evict, LayerCx, NewTokens, Policy},
@@ -10,26 +10,27 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
-/// The policy `text` with its budget (or window size) set so that its mean number of live entries over the steps of the
-/// `ppl` task at this context is the dense mean divided by `ratio`, as near as whole entries allow. A budget that is
-/// given is replaced; the parameter is the one without a default (`budget`, `size`).
+/// The policy `text` with its budget (or window size) set so that its mean number of live entries over the steps of a
+/// task at this context is the dense mean divided by `ratio`, as near as whole entries allow. A budget that is given is
+/// replaced; the parameter is the one without a default (`budget`, `size`).
 ///
 /// # Errors
 /// [`Error::Policy`] for a text that does not parse, or a policy without such a parameter (DMS follows its gates: move it
-/// by `bias`), or one that cannot hold so few.
+/// by `bias`); [`Error::OutOfReach`] for one that cannot hold so few.
 pub fn fit(
     registry: &Registry,
     text: &str,
     spec: &ModelSpec,
+    task: Task,
     context: usize,
     ratio: f64,
-) -> Result<(String, Arc<dyn Policy>)> {
+) -> Result<Arc<dyn Policy>> {
     let refuse = |what: String| Error::Policy { text: text.to_string(), reasons: vec![what] };
+    check_context(context)?;
     if !(ratio.is_finite() && ratio >= 1.0) {
         return Err(refuse(format!("a compression of {ratio} is not accepted: 1 or more")));
     }
-    let scored = scored_tokens(context);
-    let run = Run { prompt: context - scored, decoded: scored - 1 };
+    let run = Run::of(task, context);
     let target = run.dense() / ratio;
     let parameter = parameter(registry, text).map_err(refuse)?;
     let with = |n: usize| -> Result<(String, f64)> {
@@ -38,9 +39,9 @@ pub fn fit(
         let live = run.live(&*policy, spec).map_err(|e| refuse(e.to_string()))?;
         Ok((text, live))
     };
-    // The smallest budget the policy accepts, then the mean rises with the budget.
     let accepts = |n: usize| registry.parse(&set(text, parameter, n)).is_ok();
-    let (mut low, mut high) = (partition(1, context, accepts), context);
+    // The mean rises with the budget, from the smallest the policy accepts.
+    let (mut low, mut high) = (smallest_accepted(1, context, accepts), context);
     if low > context {
         return Err(registry
             .parse(&set(text, parameter, context))
@@ -50,16 +51,16 @@ pub fn fit(
     let smallest = with(low)?.1;
     if smallest > target * 1.02 {
         let (smallest, target) = (smallest.ceil(), target.floor());
-        return Err(refuse(format!("holds {smallest} entries a head at the least, {ratio}x allows {target}")));
+        return Err(Error::OutOfReach(format!(
+            "holds {smallest} entries a head at the least, {ratio}x allows {target}"
+        )));
     }
     while high - low > 1 {
         let middle = (low + high) / 2;
         if with(middle)?.1 <= target { low = middle } else { high = middle }
     }
     let (below, above) = (with(low)?, with(high)?);
-    let text = if target - below.1 <= above.1 - target { below.0 } else { above.0 };
-    let policy = registry.parse(&text)?;
-    Ok((text, policy))
+    registry.parse(if target - below.1 <= above.1 - target { &below.0 } else { &above.0 })
 }
 
 /// Whether [`fit`] can set the policy's budget. One that has none is compared as it is.
@@ -68,7 +69,7 @@ pub fn sweepable(registry: &Registry, text: &str) -> bool {
 }
 
 /// The first number of `from..=to` for which `accepts` holds, `to + 1` if none; `accepts` is monotone.
-fn partition(from: usize, to: usize, accepts: impl Fn(usize) -> bool) -> usize {
+fn smallest_accepted(from: usize, to: usize, accepts: impl Fn(usize) -> bool) -> usize {
     let (mut low, mut high) = (from, to + 1);
     while low < high {
         let middle = (low + high) / 2;
@@ -109,13 +110,22 @@ fn set(text: &str, parameter: &str, n: usize) -> String {
     format!("{}{space}{name}:{parameter}={n}{others}{}", &text[..range.start], &text[range.end..])
 }
 
-/// The shape of a `ppl` run.
+/// The shape of a run.
 struct Run {
     prompt: usize,
     decoded: usize,
 }
 
 impl Run {
+    fn of(task: Task, context: usize) -> Self {
+        let decoded = match task {
+            Task::Ppl | Task::Kl => scored_tokens(context) - 1, // the last one is scored, not fed
+            Task::Needle | Task::NeedleAware => ANSWER,
+            Task::Speed => GENERATED,
+        };
+        Self { prompt: context - decoded, decoded }
+    }
+
     /// Mean entries of a dense row over the sampled steps.
     fn dense(&self) -> f64 {
         self.prompt as f64 + self.decoded as f64 / 2.0

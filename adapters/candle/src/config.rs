@@ -6,6 +6,9 @@ use kvpolicy::{ModelSpec, Rope, RopeLayout};
 use serde::Deserialize;
 use std::{collections::HashMap, f32::consts::PI};
 
+/// The largest head.
+const MOST_COMPONENTS: usize = 4096;
+
 /// The model families this crate defines. They share one block; see [`Config`] for what differs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arch {
@@ -82,12 +85,16 @@ impl Config {
         raw.config()
     }
 
-    /// Reads GGUF metadata. `tied`: the file has no output matrix; `factors`: divisors of the RoPE frequencies, if the
-    /// file has them (Llama 3).
+    /// Reads GGUF metadata. `has`: whether the file has a tensor; `factors`: divisors of the RoPE frequencies, if the file
+    /// has them (Llama 3).
     ///
     /// # Errors
-    /// [`Error::Model`] naming the key that is missing or wrong.
-    pub fn from_gguf(metadata: &HashMap<String, Value>, tied: bool, factors: Option<Vec<f32>>) -> Result<Self> {
+    /// [`Error::Model`] naming the key that is missing, wrong or not supported.
+    pub fn from_gguf(
+        metadata: &HashMap<String, Value>,
+        has: impl Fn(&str) -> bool,
+        factors: Option<Vec<f32>>,
+    ) -> Result<Self> {
         let name = text(metadata, "general.architecture")?;
         let arch = Arch::read(&name)?;
         let key = |suffix: &str| format!("{name}.{suffix}");
@@ -100,9 +107,22 @@ impl Config {
             return Err(Error::Model(format!("rope over {rotated} of {head_dim} components is not supported")));
         }
         let theta = real(metadata, &key("rope.freq_base")).unwrap_or(10_000.0);
-        let mut inv_freq = inverse_frequencies(theta, head_dim);
-        let factors = factors.unwrap_or_default();
-        inv_freq.iter_mut().zip(&factors).for_each(|(freq, factor)| *freq /= factor);
+        let mut inv_freq = inverse_frequencies(theta, head_dim)?;
+        if let Some(factors) = factors {
+            if factors.len() != inv_freq.len() {
+                let (got, expected) = (factors.len(), inv_freq.len());
+                return Err(Error::Model(format!("rope_freqs.weight has {got} factors, head_dim asks for {expected}")));
+            }
+            inv_freq.iter_mut().zip(&factors).for_each(|(freq, factor)| *freq /= factor);
+        }
+        match text(metadata, &key("rope.scaling.type")).as_deref() {
+            Err(_) | Ok("none") => {}
+            Ok("linear") => {
+                let factor = real(metadata, &key("rope.scaling.factor"))? as f32;
+                inv_freq.iter_mut().for_each(|freq| *freq /= factor);
+            }
+            Ok(other) => return Err(Error::Model(format!("rope scaling `{other}` is not supported: linear"))),
+        }
         let vocab = match metadata.get("tokenizer.ggml.tokens") {
             Some(tokens) => tokens.to_vec()?.len(),
             None => number("vocab_size")?,
@@ -122,20 +142,26 @@ impl Config {
                 layout: if arch == Arch::Llama { RopeLayout::Interleaved } else { RopeLayout::HalfSplit },
             },
             max_context: number("context_length")?,
-            tied,
-            qkv_bias: arch == Arch::Qwen2,
-            o_bias: false,
-            mlp_bias: false,
+            tied: !has("output.weight"),
+            qkv_bias: arch == Arch::Qwen2 || has("blk.0.attn_q.bias"),
+            o_bias: has("blk.0.attn_output.bias"),
+            mlp_bias: has("blk.0.ffn_up.bias"),
             eos: whole(metadata, "tokenizer.ggml.eos_token_id").map(|id| id as u32).into_iter().collect(),
         };
         config.checked()
     }
 
     fn checked(self) -> Result<Self> {
-        match self.spec().faults() {
-            faults if faults.is_empty() => Ok(self),
-            faults => Err(Error::Model(faults.join("; "))),
+        let mut faults = self.spec().faults();
+        for (name, n) in [("hidden_size", self.hidden), ("vocab_size", self.vocab), ("layers", self.layers)] {
+            if !(1..=u32::MAX as usize).contains(&n) {
+                faults.push(format!("{name}={n} is not accepted: 1 or more, below 2^32"));
+            }
         }
+        if self.rope.inv_freq.iter().any(|freq| !freq.is_finite()) {
+            faults.push("the RoPE frequencies are no finite numbers".into());
+        }
+        if faults.is_empty() { Ok(self) } else { Err(Error::Model(faults.join("; "))) }
     }
 }
 
@@ -163,8 +189,14 @@ fn real(metadata: &HashMap<String, Value>, key: &str) -> Result<f64> {
     metadata.get(key).and_then(|v| v.to_f32().ok()).map(f64::from).ok_or_else(|| missing(key))
 }
 
-fn inverse_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
-    (0..head_dim / 2).map(|i| (1.0 / theta.powf((2 * i) as f64 / head_dim as f64)) as f32).collect()
+fn inverse_frequencies(theta: f64, head_dim: usize) -> Result<Vec<f32>> {
+    if !(1..=MOST_COMPONENTS).contains(&head_dim) {
+        return Err(Error::Model(format!("head_dim={head_dim} is not accepted: 1..={MOST_COMPONENTS}")));
+    }
+    if !(theta.is_finite() && theta > 0.0) {
+        return Err(Error::Model(format!("rope_theta={theta} is not accepted: above 0")));
+    }
+    Ok((0..head_dim / 2).map(|i| (1.0 / theta.powf((2 * i) as f64 / head_dim as f64)) as f32).collect())
 }
 
 /// The fields of `config.json` that matter here.
@@ -202,8 +234,9 @@ enum OneOrMany {
 
 #[derive(Debug, Deserialize)]
 struct HfRope {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// The older name; some files have both.
+    r#type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f32>,
     low_freq_factor: Option<f32>,
@@ -226,8 +259,8 @@ impl HfConfig {
         let rope = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
         let theta = self.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(10_000.0);
         let inv_freq = match rope {
-            Some(rope) => rope.scale(inverse_frequencies(theta, head_dim))?,
-            None => inverse_frequencies(theta, head_dim),
+            Some(rope) => rope.scale(inverse_frequencies(theta, head_dim)?)?,
+            None => inverse_frequencies(theta, head_dim)?,
         };
         let bias = self.attention_bias.unwrap_or(false);
         let config = Config {
@@ -261,7 +294,7 @@ impl HfRope {
         let need = |field: Option<f32>, name: &str| {
             field.ok_or_else(|| Error::Model(format!("rope_scaling of config.json has no `{name}`")))
         };
-        match self.rope_type.as_deref().unwrap_or("default") {
+        match self.rope_type.as_deref().or(self.r#type.as_deref()).unwrap_or("default") {
             "default" => Ok(inv_freq),
             "linear" => {
                 let factor = need(self.factor, "factor")?;
@@ -305,6 +338,19 @@ mod tests {
     }
 
     #[test]
+    fn rope_is_scaled_wherever_the_file_says_so() {
+        let plain = Config::from_json(QWEN3).unwrap().rope.inv_freq;
+        for scaling in [
+            r#""rope_scaling":{"type":"linear","factor":4.0},"rope_theta""#,
+            r#""rope_scaling":{"type":"linear","rope_type":"linear","factor":4.0},"rope_theta""#,
+            r#""rope_parameters":{"rope_type":"linear","factor":4.0,"rope_theta":1000000.0},"unused""#,
+        ] {
+            let scaled = Config::from_json(&QWEN3.replace("\"rope_theta\"", scaling)).unwrap().rope.inv_freq;
+            assert!(plain.iter().zip(&scaled).all(|(a, b)| (a / b - 4.0).abs() < 1e-5), "{scaling}");
+        }
+    }
+
+    #[test]
     fn names_what_it_cannot_use() {
         for (from, to, word) in [
             ("qwen3", "mamba", "mamba"),
@@ -314,6 +360,9 @@ mod tests {
             ("\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"yarn\"},\"rope_theta\"", "yarn"),
             ("\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"llama3\"},\"rope_theta\"", "factor"),
             ("\"rope_theta\"", "\"use_sliding_window\":true,\"rope_theta\"", "use_sliding_window"),
+            ("\"head_dim\":16", "\"head_dim\":1152921504606846976", "head_dim=1152921504606846976"),
+            ("\"vocab_size\":128", "\"vocab_size\":0", "vocab_size=0"),
+            ("1000000.0", "0.0", "rope_theta=0"),
             ("{", "", "config.json"),
         ] {
             let error = Config::from_json(&QWEN3.replacen(from, to, 1)).unwrap_err().to_string();

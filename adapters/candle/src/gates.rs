@@ -60,6 +60,10 @@ impl Gates {
         self.spec
     }
 
+    pub(crate) fn borrows_neurons(&self) -> bool {
+        matches!(self.source, Source::Borrowed { .. })
+    }
+
     /// Reads gates from a folder or a safetensors file with its `config.json` beside it.
     ///
     /// # Errors
@@ -115,7 +119,11 @@ impl Gates {
 impl Layout {
     fn of_dir(dir: &Path) -> Result<Option<Self>> {
         let read = |path: &Path| -> Result<Option<Map<String, Value>>> {
-            let Ok(text) = std::fs::read_to_string(path) else { return Ok(None) };
+            let text = match std::fs::read_to_string(path) {
+                Ok(text) => text,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(Error::file(path, error)),
+            };
             serde_json::from_str(&text).map(Some).map_err(|e| Error::file(path, e))
         };
         if let Some(shisa) = read(&dir.join("dms_metadata.json"))? {

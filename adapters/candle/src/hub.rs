@@ -50,6 +50,11 @@ pub(crate) fn fetch(id: &str) -> Result<PathBuf> {
     Hub { cache, endpoint: endpoint.trim_end_matches('/').to_owned(), token, offline }.fetch(id)
 }
 
+/// Whether a text has the form of an id.
+pub(crate) fn is_id(text: &str) -> bool {
+    Id::parse(text).is_ok()
+}
+
 struct Hub {
     cache: Cache,
     endpoint: String,

@@ -74,6 +74,8 @@ impl Lm {
         let template = ChatTemplate::from_gguf(weights.metadata())?;
         let config = gguf_config(&mut weights)?;
         let model = Model::load(config, &mut Weights::Gguf(weights), &options.device)?;
+        // Whatever was asked for: quantized weights come with f32 activations.
+        let options = &LoadOptions { dtype: DType::F32, ..options.clone() };
         Ok(Self::new(name, model, None, tokenizer, template, vec![path.to_path_buf()], options))
     }
 
@@ -157,6 +159,9 @@ impl Lm {
     /// [`Error::File`] if the file cannot be used with this model.
     pub fn gates_for(&self, policy: &dyn Policy) -> Result<Option<Arc<Gates>>> {
         match KvCache::gate_source(policy, &self.model.config().spec())? {
+            Some(GateSource::File(_)) if self.gates.as_ref().is_some_and(|gates| gates.borrows_neurons()) => {
+                Err(Error::Model("the checkpoint was trained with borrowed neurons: it takes no other gates".into()))
+            }
             Some(GateSource::File(path)) => {
                 let gates = Gates::load(&path, self.model.config(), self.dtype, &self.device)?;
                 Ok(Some(Arc::new(gates)))
@@ -180,6 +185,9 @@ impl Model {
     /// # Errors
     /// Whatever keeps the model from being used, naming the file, the field or the tensor.
     pub fn from_dir(dir: &Path, options: &LoadOptions) -> Result<(Self, Option<Gates>)> {
+        if options.dtype == DType::BF16 && options.device.is_cpu() {
+            return Err(Error::Model("candle has no bf16 products on CPU: take f32 or f16".into()));
+        }
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
         let config = Config::from_json(&text)?;
@@ -203,7 +211,7 @@ fn gguf_config(weights: &mut GgufFile) -> Result<Config> {
     // Llama 3 files carry the divisors of their RoPE frequencies as a tensor.
     let factors = if weights.has("rope_freqs.weight") { Some(weights.dense("rope_freqs.weight")?) } else { None };
     let factors = factors.map(|factors| factors.flatten_all()?.to_vec1()).transpose()?;
-    Config::from_gguf(weights.metadata(), !weights.has("output.weight"), factors)
+    Config::from_gguf(weights.metadata(), |name| weights.has(name), factors)
 }
 
 fn locate(source: &str) -> Result<PathBuf> {
@@ -215,16 +223,8 @@ fn locate(source: &str) -> Result<PathBuf> {
         return Err(Error::Model("no model named: give a folder, a GGUF file or a hub id".into()));
     }
     #[cfg(feature = "hub")]
-    if is_hub_id(source) {
+    if !source.starts_with(['.', '/', '~']) && crate::hub::is_id(source) {
         return crate::hub::fetch(source);
     }
     Err(Error::file(path, "no such file or folder"))
-}
-
-/// `org/name` or `org/name/file.gguf`, and nothing that looks like a path.
-#[cfg(feature = "hub")]
-fn is_hub_id(source: &str) -> bool {
-    let parts: Vec<&str> = source.split('/').collect();
-    let named = parts.iter().all(|part| !part.is_empty() && !part.starts_with('.'));
-    named && (parts.len() == 2 && !source.ends_with(".gguf") || parts.len() == 3 && source.ends_with(".gguf"))
 }

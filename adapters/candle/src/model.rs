@@ -73,10 +73,7 @@ impl Model {
         if tokens.len() != step.len() {
             return Err(Error::Model(format!("{} tokens for a step of {}", tokens.len(), step.len())));
         }
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.config.vocab) {
-            let last = self.config.vocab - 1;
-            return Err(Error::Model(format!("token {token} is outside the vocabulary 0..={last}")));
-        }
+        self.check_tokens(tokens)?;
         let device = self.embedding.device();
         let rotation = self.rotation(step)?;
         let mut x = self.embedding.index_select(&Tensor::new(tokens, device)?, 0)?;
@@ -86,6 +83,16 @@ impl Model {
             x = (&x + block.feed_forward(&self.config, &x)?)?;
         }
         self.rms_norm(&x)
+    }
+
+    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|&&token| token as usize >= self.config.vocab) {
+            Some(token) => {
+                let last = self.config.vocab - 1;
+                Err(Error::Model(format!("token {token} is outside the vocabulary 0..={last}")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Logits of hidden states `[n, hidden]`: f32 `[n, vocab]`.

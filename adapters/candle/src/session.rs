@@ -48,6 +48,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// [`Error::Model`] for an empty prompt or a context longer than the model's, and whatever ends the sequence.
     pub fn prefill(&mut self, tokens: &[u32], last: bool) -> Result<Tensor> {
+        self.check(tokens)?;
         let mut logits = None;
         let chunks = tokens.len().div_ceil(CHUNK);
         for (i, chunk) in tokens.chunks(CHUNK).enumerate() {
@@ -61,23 +62,40 @@ impl<'a> Session<'a> {
     /// # Errors
     /// As [`Session::prefill`].
     pub fn decode(&mut self, token: u32) -> Result<Tensor> {
+        self.check(&[token])?;
         self.step(&[token], Phase::Decode)
     }
 
-    fn step(&mut self, tokens: &[u32], phase: Phase) -> Result<Tensor> {
-        let (seen, most) = (self.cache.seen(self.seq)?, self.model.config().max_context);
-        if seen + tokens.len() > most && !self.allow_long {
-            let asked = seen + tokens.len();
+    /// What can be known before the first chunk: an error here leaves the sequence as it was.
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        self.model.check_tokens(tokens)?;
+        let (asked, most) = (self.cache.seen(self.seq)? + tokens.len(), self.model.config().max_context);
+        if asked > most && !self.allow_long {
             return Err(Error::Model(format!(
                 "a context of {asked} tokens exceeds the {most} the model was made for; allow it with --allow-long"
             )));
         }
+        Ok(())
+    }
+
+    fn step(&mut self, tokens: &[u32], phase: Phase) -> Result<Tensor> {
         let step = self.cache.begin(&[(self.seq, tokens.len(), phase)])?;
-        let logits = self.model.forward(tokens, &step, &mut self.cache, self.gates.as_deref())?;
+        let logits = match self.model.forward(tokens, &step, &mut self.cache, self.gates.as_deref()) {
+            Ok(logits) => logits,
+            Err(error) => {
+                self.cache.abort(step);
+                return Err(error);
+            }
+        };
         match self.cache.end(step).pop() {
             Some((_, error)) => Err(error.into()),
             None => Ok(logits.squeeze(0)?),
         }
+    }
+
+    /// Whether one more token fits the context the model was made for.
+    pub fn has_room(&self) -> bool {
+        self.allow_long || self.seen() < self.model.config().max_context
     }
 
     /// Tokens read and generated so far.

@@ -166,7 +166,10 @@ impl Tokenizer {
             }
         }
         for &id in unused {
-            kinds[id as usize] = Kind::Silent;
+            // An empty token has no place in the vocabulary.
+            if let Some(kind) = kinds.get_mut(id as usize) {
+                *kind = Kind::Silent;
+            }
         }
         Self { inner, spelling, kinds, prefix, eos: Vec::new() }.with_eos(end)
     }

@@ -18,7 +18,10 @@ use std::{
 type Check = std::result::Result<String, Failed>;
 
 fn main() {
-    let dir = std::env::var_os("KVPOLICY_GOLDEN").map_or_else(|| PathBuf::from("tests/golden"), PathBuf::from);
+    // Relative to the workspace, where the command is given, not to this crate, where tests run.
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let own = || PathBuf::from("adapters/candle/tests/golden");
+    let dir = workspace.join(std::env::var_os("KVPOLICY_GOLDEN").map_or_else(own, PathBuf::from));
     let mut cases: Vec<PathBuf> = std::fs::read_dir(&dir)
         .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
         .map(|entry| entry.unwrap().path())
