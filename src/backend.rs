@@ -48,6 +48,8 @@ pub trait Storage {
     fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)>;
     /// What the store holds.
     fn usage(&self) -> Usage;
+    /// Entries each KV head of a layer holds for a sequence. For inspection: may wait for the device.
+    fn live(&self, layer: usize, seq: SeqId) -> Vec<usize>;
     /// Positions one row holds, sorted. For inspection: may wait for the device.
     fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32>;
 }

@@ -203,6 +203,8 @@ impl KvCache {
                 return Err(Error::Shape { what: "the policy's budget of heads", expected, got });
             }
         }
+        // A policy ranks what is alive, whenever the dead are reclaimed.
+        self.backend.expire(layer, due, protect)?;
         let score = self.policy.score(&cx, &*self.backend.held(layer, due)?)?;
         self.backend.trim(layer, due, &score, &budgets, protect)
     }
@@ -284,6 +286,12 @@ impl KvCache {
     /// Figures over all steps so far.
     pub fn stats(&self) -> Stats {
         self.stats
+    }
+
+    /// Entries each KV head of a layer holds for a sequence, those included that are dead and not yet reclaimed; empty
+    /// for a layer that does not exist. For inspection: may wait for the device.
+    pub fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
+        if layer < self.spec.layers { self.backend.live(layer, seq) } else { vec![] }
     }
 
     /// Positions one row holds, sorted. For inspection: may wait for the device.

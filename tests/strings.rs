@@ -40,7 +40,7 @@ const PARAMS: &[(&str, &[(&str, Accepts)])] = &[
             ("disable", BOOL),
         ],
     ),
-    ("h2o", &[("budget", Amount), ("recent", ENTRIES), ("normalise", BOOL)]),
+    ("h2o", &[("budget", Amount), ("recent", AutoWhole(0, 1 << 30)), ("normalise", BOOL)]),
     ("tova", &[("budget", Amount), ("recent", ENTRIES)]),
     (
         "snapkv",
@@ -164,7 +164,7 @@ fn contradictions(given: &[(&str, String)]) -> Vec<String> {
     }
     for shielded in ["recent", "window", "sinks"] {
         if let (Some(n), Some(Ok(budget))) = (value(shielded), value("budget").map(str::parse::<u64>))
-            && n.parse::<u64>().unwrap() > budget
+            && n.parse::<u64>().is_ok_and(|n| n > budget)
         {
             all.push(format!("{shielded}={n} exceeds budget={budget}"));
         }
@@ -527,6 +527,10 @@ fn a_cache_refuses_what_its_model_cannot_run_with_every_reason() {
         ("every(2, adakv(dms))", vec!["the model has no decision gates"]),
         ("expected-attention:budget=9", vec!["the model has no RoPE to average"]),
         ("adakv(pyramid(expected-attention:budget=9))", vec!["the model has no RoPE to average"]),
+        ("adakv(full)", vec!["adakv: `full` has no budget per head to share"]),
+        ("pyramid(window:size=9)", vec!["has no budget to tilt"]),
+        ("every(8, dms)", vec!["has no budget to trim to", "the model has no decision gates"]),
+        ("per-layer(0=full; rest=every(2, adakv(full)))", vec!["every: `adakv", "adakv: `full`"]),
         ("per-layer(0-4=full; rest=full)", vec!["layers 0-4 are beyond the model's last layer 3"]),
         ("per-layer(4=full; 3=full; 9-12=full; rest=full)", vec!["layers 4 are beyond", "layers 9-12 are beyond"]),
         (

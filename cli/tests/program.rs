@@ -127,6 +127,26 @@ fn a_sweep_gives_every_policy_the_same_mean_of_live_entries() {
     }
 }
 
+/// The example is a program with a policy of its own; cargo builds it beside the tests.
+#[test]
+fn a_policy_of_a_user_runs_in_compare() {
+    let target = std::env::current_exe().unwrap();
+    let example = target.parent().unwrap().parent().unwrap().join("examples/my_policy");
+    if !example.is_file() {
+        println!("skipped: {} was not built; `cargo test` without --test builds it", example.display());
+        return;
+    }
+    let bench = Bench::new();
+    let mut program = Command::new(example);
+    let args =
+        ["compare", "--model", "m.gguf", "--policies", "full;stride:every=4;per-layer(0=full; rest=stride:every=2)"];
+    program.current_dir(bench.dir.path()).args(args).args(COMPARE).args(["--tasks", "ppl"]);
+    let table = succeeded(&program.output().unwrap());
+    assert!(table.contains("stride:every=4"), "{table}");
+    let rows = read(&bench.path("out/results.json")).rows;
+    assert!(rows.iter().any(|row| row.policy_full == "stride:window=8,every=4" && row.compression > 2.0));
+}
+
 #[test]
 fn generate_prints_text_and_what_the_cache_held() {
     let bench = Bench::new();

@@ -341,6 +341,10 @@ impl<E: Element> Storage for Cpu<E> {
         }
     }
 
+    fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
+        (0..self.spec.kv_heads).map(|head| self.row(layer, seq, head).map_or(0, Row::len)).collect()
+    }
+
     fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32> {
         let Some(row) = self.row(layer, seq, kv_head) else { return vec![] };
         let mut positions: Vec<u32> = row.pages(&self.pool).flat_map(|page| page.pos.iter().copied()).collect();

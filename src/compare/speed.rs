@@ -1,6 +1,6 @@
 //! Tokens per second.
 
-use super::{Excerpts, Metrics, Progress, Row, Sample, Task, argmax, report::Runs};
+use super::{Excerpts, HostError, Metrics, Progress, Row, Sample, Task, argmax, report::Runs};
 use crate::error::Result;
 use std::time::Instant;
 
@@ -8,37 +8,42 @@ use std::time::Instant;
 pub(super) const GENERATED: usize = 32;
 
 pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<Row>> {
-    let plan = texts.plan;
-    let mut prefill = vec![vec![]; texts.contenders().len()];
-    let mut decode = vec![vec![]; texts.contenders().len()];
-    let mut runs = vec![Runs::default(); texts.contenders().len()];
-    for sample in 0..plan.samples {
-        let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), texts.context() - GENERATED)?;
+    let (contenders, context) = (texts.contenders(), texts.context());
+    let mut prefill = vec![vec![]; contenders.len()];
+    let mut decode = vec![vec![]; contenders.len()];
+    let mut runs = vec![Runs::default(); contenders.len()];
+    for sample in 0..texts.plan.samples {
+        let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), context - GENERATED)?;
         warm_up(texts, &tokens)?;
-        for (i, contender) in texts.contenders().iter().enumerate() {
-            progress.unit(&format!("speed {} at {}", contender.label, texts.context()));
+        let mut sequences = vec![];
+        for (contender, rates) in contenders.iter().zip(&mut prefill) {
+            progress.unit(&format!("speed {} at {context}", contender.label));
             let mut sequence = texts.subject.open(&contender.policy)?;
-            let start = Instant::now();
-            let mut logits = sequence.prefill(&tokens, true)?;
-            let read = start.elapsed().as_secs_f64();
-            let start = Instant::now();
-            for _ in 0..GENERATED {
-                logits = sequence.decode(argmax(&logits))?;
+            let (logits, seconds) = timed(|| sequence.prefill(&tokens, true))?;
+            rates.push(tokens.len() as f64 / seconds);
+            sequences.push((sequence, logits, vec![]));
+        }
+        // In turns, so that what else the machine does falls on all alike.
+        for _ in 0..GENERATED {
+            for (sequence, logits, rates) in &mut sequences {
+                let (next, seconds) = timed(|| sequence.decode(argmax(logits)))?;
+                *logits = next;
+                rates.push(1.0 / seconds);
             }
-            let wrote = start.elapsed().as_secs_f64();
-            prefill[i].push(tokens.len() as f64 / read);
-            decode[i].push(GENERATED as f64 / wrote);
+        }
+        for (i, (sequence, _, mut rates)) in sequences.into_iter().enumerate() {
+            decode[i].push(median(&mut rates));
             runs[i].add(&sequence.stats());
             progress.sample(&Sample {
                 prompt: excerpt.clone(),
                 prefill_tokens_per_s: prefill[i].last().copied(),
                 decode_tokens_per_s: decode[i].last().copied(),
-                ..Sample::new("speed", contender, texts.context(), sample)
+                ..Sample::new("speed", &contenders[i], context, sample)
             })?;
         }
     }
     let timings = prefill.iter_mut().zip(&mut decode);
-    let rows = texts.contenders().iter().zip(timings).zip(&runs).map(|((contender, (prefill, decode)), runs)| {
+    let rows = contenders.iter().zip(timings).zip(&runs).map(|((contender, (prefill, decode)), runs)| {
         let metrics = Metrics {
             prefill_tokens_per_s: Some(median(prefill)),
             decode_tokens_per_s: Some(median(decode)),
@@ -47,6 +52,12 @@ pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<R
         Row::new(contender, Task::Speed, texts, metrics, runs)
     });
     Ok(rows.collect())
+}
+
+fn timed<T>(work: impl FnOnce() -> std::result::Result<T, HostError>) -> Result<(T, f64)> {
+    let start = Instant::now();
+    let done = work()?;
+    Ok((done, start.elapsed().as_secs_f64()))
 }
 
 /// The first contender does not pay for cold memory.

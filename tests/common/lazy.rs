@@ -54,6 +54,9 @@ impl Storage for Lazy {
     fn usage(&self) -> Usage {
         self.inner.usage()
     }
+    fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
+        self.inner.live(layer, seq)
+    }
     fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32> {
         self.inner.held_positions(layer, seq, kv_head)
     }

@@ -110,6 +110,10 @@ impl World {
         let rows = self.books.open.iter().flat_map(|&who| self.play.rows(who));
         let lens: Vec<usize> = rows.map(|row| row.len()).collect();
         assert_eq!(usage.live_entries, lens.iter().sum::<usize>() as u64);
+        let (cache, layers) = (&self.play.cache, 0..self.play.spec.layers);
+        let seqs = self.books.open.iter().map(|&who| self.play.actors[who].seq);
+        let live = seqs.flat_map(|seq| layers.clone().flat_map(move |layer| cache.live(layer, seq)));
+        assert_eq!(live.collect::<Vec<_>>(), lens);
         let pages: usize = lens.iter().map(|len| len.div_ceil(self.page_size)).sum();
         assert_eq!(usage.pages_in_use, pages as u64);
         assert_eq!(usage.bytes_in_use, usage.pages_in_use * self.page_bytes);

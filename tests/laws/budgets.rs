@@ -164,6 +164,20 @@ fn a_pyramid_spends_the_same_total_and_narrows_from_layer_to_layer() {
 }
 
 #[test]
+fn a_pyramid_is_the_same_inside_and_outside_of_adakv() {
+    let spec = complete(4, 2, 2, 8);
+    let rows = |text: &str| {
+        let mut play = Play::new(&spec, policy(text), 16).with(&[Stream::random(&spec, 100, 3)]);
+        play.run(&[vec![(0, 100, LAST)]]);
+        play.rows(0)
+    };
+    let inside = rows("adakv:floor=0.5(pyramid:beta=5(knorm:budget=20))");
+    assert_eq!(rows("pyramid:beta=5(adakv:floor=0.5(knorm:budget=20))"), inside);
+    let by_layer: Vec<usize> = inside.chunks(2).map(|heads| heads.concat().len()).collect();
+    assert_eq!(by_layer, [72, 50, 30, 8]);
+}
+
+#[test]
 fn protection_comes_before_any_budget() {
     for budget in [Budget::PerHead(0.0), Budget::Heads(vec![0, 1]), Budget::Pooled { total: 0, floor: 0 }] {
         let spec = complete(1, 2, 2, 8);

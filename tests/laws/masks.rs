@@ -133,6 +133,16 @@ fn random_gate_marks_its_share_and_differs_between_rows_and_seeds() {
 }
 
 #[test]
+fn a_long_prompt_in_one_piece_equals_its_mask() {
+    // Long enough for whole tiles of keys that are older than every query of a tile.
+    let batch = Batch { spec: complete(1, 4, 2, 16), page_size: 16, lens: vec![230], longest: 230, seed: 3 };
+    equals_mask("window:size=20,sinks=3", &batch, |_, _, _, query, key| key < 3 || query - key < 20);
+    equals_mask("dms:window=20,lag=own", &batch, |stream, layer, head, query, key| {
+        stream.layers[layer].logits[key * 2 + head] <= 0.0 || query - key <= 20
+    });
+}
+
+#[test]
 fn a_marked_token_is_seen_for_the_last_time_at_the_end_of_its_window() {
     // One marked key among kept ones; both dialects, so that an off-by-one in either shows by itself.
     let mut spec = complete(1, 1, 1, 8);

@@ -213,6 +213,47 @@ fn a_step_that_ended_is_over() {
 }
 
 #[test]
+fn a_layer_has_one_turn_in_a_step() {
+    let mut cache = cache("full");
+    let seq = cache.open();
+    let step = cache.begin(&[(seq, 3, LAST)]).unwrap();
+    let new = tokens(&step);
+    (0..2).for_each(|layer| _ = cache.attend(layer, &step, &new).unwrap());
+    for layer in 0..2 {
+        assert!(matches!(cache.attend(layer, &step, &new), Err(Error::Sequence { .. })), "layer {layer}");
+    }
+    assert!(cache.end(step).is_empty());
+    assert_eq!(cache.held_positions(0, seq, 0), [0, 1, 2]);
+}
+
+#[test]
+fn a_step_that_was_given_up_takes_its_sequences_and_no_others() {
+    let mut cache = cache("full");
+    let (lost, stays) = (cache.open(), cache.open());
+    let step = cache.begin(&[(stays, 2, LAST)]).unwrap();
+    (0..2).for_each(|layer| _ = cache.attend(layer, &step, &tokens(&step)).unwrap());
+    cache.end(step);
+    let step = cache.begin(&[(lost, 3, LAST)]).unwrap();
+    cache.attend(0, &step, &tokens(&step)).unwrap();
+    cache.abort(step);
+    assert!(refused(&mut cache, &[(lost, 1, DECODE)]).contains("dropped"));
+    assert_eq!(cache.usage().live_entries, 2 * 2 * 2);
+    cache.release(lost);
+    let step = cache.begin(&[(stays, 1, DECODE)]).unwrap();
+    (0..2).for_each(|layer| _ = cache.attend(layer, &step, &tokens(&step)).unwrap());
+    assert!(cache.end(step).is_empty());
+    assert_eq!(cache.held_positions(1, stays, 1), [0, 1, 2]);
+}
+
+#[test]
+fn a_store_made_for_another_model_is_refused() {
+    for other in [complete(3, 4, 2, 8), complete(2, 2, 2, 8), complete(2, 4, 4, 8), complete(2, 4, 2, 16)] {
+        let store = cpu(&other, &CpuConfig::default()).unwrap();
+        assert!(matches!(KvCache::new(spec(), policy("full"), store), Err(Error::Refused { .. })), "{other:?}");
+    }
+}
+
+#[test]
 fn a_step_of_nobody_is_a_step() {
     for text in EVERY_POLICY {
         let mut cache = cache(text);

@@ -217,6 +217,21 @@ proptest! {
 }
 
 #[test]
+fn h2o_shields_the_newest_half_of_its_budget_unless_told_otherwise() {
+    let spec = complete(1, 2, 2, 8);
+    let stream = Stream::random(&spec, 100, 4);
+    let rows = |text: &str| {
+        let mut play = Play::new(&spec, policy(text), 16).with(from_ref(&stream));
+        play.run(&[vec![(0, 90, LAST)]]);
+        (90..100).for_each(|_| play.run(&[vec![(0, 1, DECODE)]]));
+        play.rows(0)
+    };
+    assert_eq!(rows("h2o:budget=21"), rows("h2o:budget=21,recent=10"));
+    assert_ne!(rows("h2o:budget=21"), rows("h2o:budget=21,recent=0"));
+    assert_eq!(rows("h2o:budget=50%"), rows("h2o:budget=50%,recent=32"));
+}
+
+#[test]
 fn random_differs_between_rows_and_seeds_and_spreads_over_the_prompt() {
     let spec = complete(2, 2, 2, 8);
     let stream = Stream::random(&spec, 1_000, 0);

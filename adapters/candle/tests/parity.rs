@@ -113,11 +113,27 @@ fn gguf_models_equal_candle_transformers() {
     }
 }
 
+#[test]
+fn quantized_models_equal_candle_transformers() {
+    without_rounding("dequantized_tiny_models_equal");
+}
+
+#[test]
+#[ignore = "run by quantized_models_equal_candle_transformers in a process of its own"]
+fn dequantized_tiny_models_equal() {
+    assert!(std::env::var_os("CANDLE_DEQUANTIZE_ALL").is_some(), "set CANDLE_DEQUANTIZE_ALL=1");
+    quantized_models_agree_within(1e-4);
+}
+
 /// candle rounds the activations to 8 bits before a product with quantized weights, so two orders of summation that
 /// differ in the last bit of one activation may differ by a whole rounding step after it: there is no tight bound.
 /// A wrong scale, layout or block size is far outside this one.
 #[test]
 fn quantized_models_equal_candle_transformers_up_to_rounded_activations() {
+    quantized_models_agree_within(0.05);
+}
+
+fn quantized_models_agree_within(tolerance: f32) {
     for matrices in [GgmlDType::Q8_0, GgmlDType::Q4_1] {
         for (arch, head_dim, tied) in
             [("llama", 16, true), ("llama", 16, false), ("qwen2", 16, true), ("qwen3", 32, false)]
@@ -127,7 +143,7 @@ fn quantized_models_equal_candle_transformers_up_to_rounded_activations() {
             let path = dir.path().join("model.gguf");
             tiny.write_gguf(&path, matrices);
             let ours = Model::from_gguf(&path, &LoadOptions::default()).unwrap();
-            assert_equal(&format!("{arch} {matrices:?} tied={tied}"), &ours, &mut quantized(arch, &path), 0.05);
+            assert_equal(&format!("{arch} {matrices:?} tied={tied}"), &ours, &mut quantized(arch, &path), tolerance);
         }
     }
 }
@@ -195,9 +211,14 @@ fn real_models_say_the_same_as_candle_transformers() {
     if real_models().is_empty() {
         return;
     }
-    // candle reads the variable once a thread, and a process must not change its own: a child has it from the start.
+    without_rounding("dequantized_models_say_the_same");
+}
+
+/// Runs an ignored test with weights dequantized at load. candle reads the variable once a thread, and a process must
+/// not change its own: a child has it from the start.
+fn without_rounding(test: &str) {
     let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "dequantized_models_say_the_same", "--ignored", "--nocapture"])
+        .args(["--exact", test, "--ignored", "--nocapture"])
         .env("CANDLE_DEQUANTIZE_ALL", "1")
         .output()
         .unwrap();
