@@ -148,6 +148,10 @@ pub trait Progress {
 /// [`Error::Config`] for a plan that cannot be met (naming what to change), else whatever stops the host.
 pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     check(plan)?;
+    for contest in &plan.contests {
+        let texts = Excerpts { subject, plan, contest };
+        texts.cut(&mut texts.rng(0), contest.context)?; // a text that is too short is told before the first run
+    }
     let mut rows = vec![];
     progress.start(units(plan));
     for contest in &plan.contests {

@@ -88,12 +88,15 @@ pub enum Amount {
 }
 
 impl Amount {
-    /// The number of entries at `seen` tokens; fractional for a share: the product in double precision, which kvpress
-    /// truncates as a store does, so 29% of 100 is 28.999... and holds 28.
+    /// The number of entries at `seen` tokens; fractional for a share, of which a store keeps the whole part.
     pub fn of(self, seen: usize) -> f64 {
         match self {
             Self::Entries(n) => n as f64,
-            Self::Share(share) => seen as f64 * share,
+            Self::Share(share) => {
+                // 29% of 100 is 28.999.. in double precision: a share that is a whole number of entries is that number.
+                let (product, up) = (seen as f64 * share, (seen as f64 * share).ceil());
+                if up / seen as f64 == share { up } else { product }
+            }
         }
     }
 

@@ -22,7 +22,7 @@ crate::policy_params! {
 impl H2o {
     fn recent(&self) -> u32 {
         self.recent.0.unwrap_or(match self.budget {
-            Amount::Entries(n) => (n / 2) as u32,
+            Amount::Entries(n) => u32::try_from(n / 2).unwrap_or(u32::MAX),
             Amount::Share(_) => 32,
         })
     }

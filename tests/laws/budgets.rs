@@ -143,6 +143,13 @@ fn a_share_is_the_whole_part_of_the_tokens_seen() {
 }
 
 #[test]
+fn a_share_that_is_whole_is_not_lost_to_rounding() {
+    for percent in 1..=100usize {
+        assert_eq!(kept(&format!("knorm:budget={percent}%"), 100), [percent; 8], "{percent}% of 100 tokens");
+    }
+}
+
+#[test]
 fn a_share_grows_with_the_sequence() {
     let spec = complete(1, 2, 2, 8);
     let mut rng = Rng(1);
