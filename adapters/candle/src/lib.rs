@@ -51,6 +51,7 @@ mod chat;
 mod config;
 mod error;
 mod gates;
+mod gguf_header;
 #[cfg(feature = "hub")]
 mod hub;
 mod loader;

@@ -1,6 +1,9 @@
 //! Weights by their Hugging Face name, from safetensors or from GGUF.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    gguf_header,
+};
 use candle_core::{
     DType, Device, Module, Tensor,
     quantized::{QMatMul, QTensor, gguf_file},
@@ -8,7 +11,7 @@ use candle_core::{
 use std::{
     collections::HashMap,
     fs::File,
-    io::BufReader,
+    io::{BufReader, Seek},
     path::{Path, PathBuf},
 };
 
@@ -125,8 +128,11 @@ impl GgufFile {
         let file = File::open(path).map_err(|e| bad(e.to_string()))?;
         let length = file.metadata().map_err(|e| bad(e.to_string()))?.len();
         let mut reader = BufReader::new(file);
+        gguf_header::check(&mut reader, length)
+            .and_then(|_| reader.rewind().map_err(|e| e.to_string()))
+            .map_err(|what| bad(format!("its header is cut off or damaged: {what}")))?;
         let content = gguf_file::Content::read(&mut reader)
-            .map_err(|e| bad(format!("is no GGUF file, or its header is cut off: {}", without_backtrace(&e))))?;
+            .map_err(|e| bad(format!("is no GGUF file, or its header is damaged: {}", without_backtrace(&e))))?;
         for (name, info) in &content.tensor_infos {
             let bytes = info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
             let end = content.tensor_data_offset + info.offset + bytes as u64;

@@ -38,6 +38,40 @@ fn a_gguf_file_that_is_cut_off_names_what_is_missing() {
     }
 }
 
+/// Lengths that candle would allocate, recurse into or divide by.
+#[test]
+fn a_damaged_gguf_header_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    let header = |entries: u64, body: &[u8]| {
+        [&b"GGUF"[..], &3u32.to_le_bytes(), &0u64.to_le_bytes(), &entries.to_le_bytes(), body].concat()
+    };
+    let entry = |key: &str, kind: u32, value: &[u8]| {
+        [&(key.len() as u64).to_le_bytes()[..], key.as_bytes(), &kind.to_le_bytes(), value].concat()
+    };
+    let array = |kind: u32, length: u64| [&kind.to_le_bytes()[..], &length.to_le_bytes()].concat();
+    for (bytes, word) in [
+        (header(1, &u64::MAX.to_le_bytes()), "announced"),
+        (header(u64::MAX, &[]), "announced"),
+        (header(1, &entry("a", 9, &array(0, 1 << 40))), "announced"),
+        (header(1, &entry("a", 9, &array(10, u64::MAX))), "overflows"),
+        (header(1, &entry("a", 9, &array(9, 1).repeat(50))), "nested"),
+        (header(1, &entry("general.alignment", 4, &[0; 4])), "power of two"),
+        (header(1, &entry("a", 77, &[])), "77"),
+    ] {
+        std::fs::write(&path, bytes).unwrap();
+        assert_says(Model::from_gguf(&path, &LoadOptions::default()).unwrap_err(), &["model.gguf", "damaged", word]);
+    }
+    // One byte wrong, anywhere in the header: whatever comes of it, it comes as a result.
+    let mut whole = std::fs::read(gguf(dir.path())).unwrap();
+    for at in (0..2000).step_by(3) {
+        let byte = std::mem::replace(&mut whole[at], 0xFF);
+        std::fs::write(&path, &whole).unwrap();
+        let _ = Lm::load(path.to_str().unwrap(), &LoadOptions::default());
+        whole[at] = byte;
+    }
+}
+
 #[test]
 fn a_file_of_another_format_is_refused() {
     let dir = tempfile::tempdir().unwrap();
