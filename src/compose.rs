@@ -12,10 +12,16 @@ pub use every::Every;
 pub use per_layer::PerLayer;
 pub use pyramid::Pyramid;
 
-/// Whether a policy has a budget in any layer, so that a wrapper of budgets does something.
-fn has_budget(policy: &dyn Policy, spec: &ModelSpec) -> bool {
+/// The misfits of a wrapper of budgets: those of the inner policy, and that it has no budget in any layer, so that the
+/// wrapper would do nothing. The pair names the wrapper and what the budget is for.
+fn budget_misfits((wrapper, what): (&str, &str), inner: &dyn Policy, spec: &ModelSpec) -> Vec<String> {
     const SEEN: usize = 1000;
-    (0..spec.layers).any(|layer| policy.budget(&LayerCx { layer, spec }, SEEN) != Budget::Unlimited)
+    let budget = |layer| inner.budget(&LayerCx { layer, spec }, SEEN);
+    let mut why = inner.misfits(spec);
+    if (0..spec.layers).all(|layer| budget(layer) == Budget::Unlimited) {
+        why.push(format!("{wrapper}: `{inner}` has no budget {what}"));
+    }
+    why
 }
 
 /// Forwards the named methods of [`Policy`](crate::Policy) to a wrapped policy.

@@ -1,7 +1,7 @@
 //! Perplexity and KL divergence with the policy active.
 
-use super::{Contender, Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, log_softmax, report::Runs};
-use crate::{error::Result, policies::Full};
+use super::{Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, log_softmax, report::Runs};
+use crate::{error::Result, policies::Full, policy::Policy};
 use std::sync::Arc;
 
 /// Tokens that are scored: the last quarter of the context, this many at most. The rest is the prompt.
@@ -20,8 +20,8 @@ pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<R
         let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), texts.context())?;
         let mut reference = vec![];
         if wants_kl {
-            let full = Contender { label: "full".into(), policy: Arc::new(Full {}) };
-            let mut sequence = texts.subject.open(&full.policy)?;
+            let full: Arc<dyn Policy> = Arc::new(Full {});
+            let mut sequence = texts.subject.open(&full)?;
             walk(&mut *sequence, &tokens, |logits, _| reference.push(narrow(&log_softmax(logits))))?;
         }
         for (i, contender) in texts.contenders().iter().enumerate() {

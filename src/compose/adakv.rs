@@ -1,6 +1,6 @@
 use crate::{
     ModelSpec,
-    compose::{forward, has_budget},
+    compose::{budget_misfits, forward},
     policy::*,
 };
 
@@ -30,11 +30,7 @@ impl Policy for AdaKv {
     }
 
     fn misfits(&self, spec: &ModelSpec) -> Vec<String> {
-        let mut why = self.inner.misfits(spec);
-        if !has_budget(&*self.inner, spec) {
-            why.push(format!("adakv: `{}` has no budget per head to share", self.inner));
-        }
-        why
+        budget_misfits(("adakv", "per head to share"), &*self.inner, spec)
     }
 
     fn budget(&self, cx: &LayerCx, seen: usize) -> Budget {

@@ -1,6 +1,6 @@
 use crate::{
     ModelSpec, Registry,
-    compose::{forward, has_budget},
+    compose::{budget_misfits, forward},
     params::{Args, Configured, Info},
     policy::*,
     registry::split_outside,
@@ -22,11 +22,7 @@ impl Policy for Every {
     forward!(inner: faults, needs, protect, on_write, budget, score, same_for_all_heads);
 
     fn misfits(&self, spec: &ModelSpec) -> Vec<String> {
-        let mut why = self.inner.misfits(spec);
-        if !has_budget(&*self.inner, spec) {
-            why.push(format!("every: `{}` has no budget to trim to", self.inner));
-        }
-        why
+        budget_misfits(("every", "to trim to"), &*self.inner, spec)
     }
 
     fn when(&self, cx: &LayerCx) -> When {

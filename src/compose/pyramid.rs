@@ -1,6 +1,6 @@
 use crate::{
     ModelSpec,
-    compose::{forward, has_budget},
+    compose::{budget_misfits, forward},
     policy::*,
 };
 
@@ -19,11 +19,7 @@ impl Policy for Pyramid {
     forward!(inner: faults, needs, protect, on_write, when, score, same_for_all_heads);
 
     fn misfits(&self, spec: &ModelSpec) -> Vec<String> {
-        let mut why = self.inner.misfits(spec);
-        if !has_budget(&*self.inner, spec) {
-            why.push(format!("pyramid: `{}` has no budget to tilt", self.inner));
-        }
-        why
+        budget_misfits(("pyramid", "to tilt"), &*self.inner, spec)
     }
 
     fn budget(&self, cx: &LayerCx, seen: usize) -> Budget {
