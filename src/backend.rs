@@ -4,6 +4,8 @@
 //! [`KvCache`](crate::KvCache) calls them in a fixed order. The CPU backend is the specification of every other.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use crate::{
     error::{Error, Result},
@@ -24,6 +26,13 @@ pub trait Storage {
     /// Sets up what each layer's policy asks for, one [`Needs`] a layer; returns every reason why it cannot. A store made
     /// for a model of another shape than `spec` is a reason.
     fn prepare(&mut self, spec: &ModelSpec, needs: &[Needs]) -> Vec<String>;
+    /// Starts a step. Returns the position of every new token, u32 `[tokens]`, on the device: in the same place for every
+    /// step of as many sequences that decode, so that a captured step finds it.
+    fn begin(&mut self, spans: &[Span]) -> Result<Tensor> {
+        let positions: Vec<u32> = spans.iter().flat_map(|span| span.start..span.start + span.len as u32).collect();
+        let tokens = positions.len();
+        Ok(Tensor::from_vec(positions, tokens, self.device())?)
+    }
     /// Writes the spans' new tokens. The place of an entry that is dead to every query of the span may be reused.
     fn append(
         &mut self,
@@ -44,9 +53,14 @@ pub trait Storage {
     fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>>;
     /// Gives back everything of a sequence; does nothing for one that holds nothing.
     fn release(&mut self, seq: SeqId);
-    /// Those of the spans' sequences that were dropped, each with its reason, once. They stay empty until released.
+    /// Those of the spans' sequences that were dropped, each with its reason, once. They stay empty until released. A
+    /// device that the host does not wait for may name one some decode steps late.
     fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)>;
-    /// What the store holds.
+    /// Waits until everything asked of the device so far is done, so that failures and usage are of this moment.
+    fn wait(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// What the store holds; on a device that the host does not wait for, some decode steps ago.
     fn usage(&self) -> Usage;
     /// Entries each KV head of a layer holds for a sequence. For inspection: may wait for the device.
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize>;
@@ -73,6 +87,37 @@ pub trait Attention {
     fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor>;
 }
 
+/// Recording a step's work once and doing it again.
+pub trait Capture {
+    /// From here on work is recorded, not done.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if this backend cannot record.
+    fn begin_capture(&mut self) -> Result<()> {
+        Err(Error::Config("this backend cannot record steps: graphs need the CUDA backend".into()))
+    }
+    /// Ends a recording, whatever became of it.
+    ///
+    /// # Errors
+    /// Why what was recorded cannot be done again.
+    fn end_capture(&mut self) -> Result<Box<dyn Recording>> {
+        Err(Error::Config("nothing is being recorded".into()))
+    }
+    /// Does what was recorded for the step that was begun last.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn replay(&mut self, recording: &dyn Recording) -> Result<()> {
+        Err(Error::Config(format!("{recording:?} was not recorded here")))
+    }
+}
+
+/// Recorded work, which the backend that recorded it knows how to do again.
+pub trait Recording: std::fmt::Debug + Send {
+    /// The recording itself.
+    fn as_any(&self) -> &dyn std::any::Any;
+}
+
 /// A store with its attention.
-pub trait Backend: Storage + Attention + std::fmt::Debug + Send {}
-impl<T: Storage + Attention + std::fmt::Debug + Send> Backend for T {}
+pub trait Backend: Storage + Attention + Capture + std::fmt::Debug + Send {}
+impl<T: Storage + Attention + Capture + std::fmt::Debug + Send> Backend for T {}

@@ -1,5 +1,5 @@
 use crate::{
-    backend::{Backend, Tap},
+    backend::{Backend, Recording, Tap},
     error::{Error, Result},
     policy::{Budget, Evict, GateSource, LayerCx, Needs, NewTokens, Policy, Protect, Verdict},
     spec::ModelSpec,
@@ -114,7 +114,6 @@ impl KvCache {
     /// end; for no tokens; for a decode of more than one token; for more than 2^31 tokens. Nothing has changed then.
     pub fn begin(&mut self, work: &[(SeqId, usize, Phase)]) -> Result<Step> {
         let mut spans: Vec<Span> = Vec::with_capacity(work.len());
-        let mut positions: Vec<u32> = vec![];
         for &(seq, len, phase) in work {
             let life = self.life(seq)?;
             let refuse = |what: &str| Err(Error::Sequence { seq, what: what.to_string() });
@@ -136,12 +135,9 @@ impl KvCache {
             if life.seen.checked_add(len).is_none_or(|seen| seen > i32::MAX as usize) {
                 return refuse("would exceed 2^31 tokens");
             }
-            let start = life.seen as u32;
-            spans.push(Span { seq, start, len, phase });
-            positions.extend(start..start + len as u32);
+            spans.push(Span { seq, start: life.seen as u32, len, phase });
         }
-        let tokens = positions.len();
-        let positions = Tensor::from_vec(positions, tokens, self.backend.device())?;
+        let positions = self.backend.begin(&spans)?;
         spans.iter().for_each(|span| self.update(span.seq, |life| (life.in_step, life.next_layer) = (true, 0)));
         Ok(Step { spans, positions })
     }
@@ -234,8 +230,9 @@ impl KvCache {
         new.evict_logits.iter().try_for_each(|z| shape("evict_logits", z, &[tokens, kv_heads]))
     }
 
-    /// Ends a step. Returns the sequences that were dropped in it because the pool had no page left; every other
-    /// sequence is as if they had not been there. Release them.
+    /// Ends a step. Returns the sequences that were dropped because the pool had no page left; every other sequence is as
+    /// if they had not been there. Release them. On a device that the host does not wait for, a sequence that was dropped
+    /// while it decoded may be named some steps late; [`wait`](Self::wait) asks at once.
     pub fn end(&mut self, step: Step) -> Vec<(SeqId, Error)> {
         let failures = self.backend.take_failures(step.spans());
         for span in step.spans() {
@@ -264,6 +261,93 @@ impl KvCache {
             self.backend.release(span.seq);
             self.update(span.seq, |life| (life.in_step, life.dropped) = (false, true));
         }
+    }
+
+    /// Waits until everything asked of the device is done. Returns the sequences that were dropped and not yet named by
+    /// [`end`](Self::end).
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn wait(&mut self) -> Result<Vec<(SeqId, Error)>> {
+        self.backend.wait()?;
+        let spans: Vec<Span> =
+            self.sequences.keys().map(|&seq| Span { seq, start: 0, len: 1, phase: Phase::Decode }).collect();
+        let failures = self.backend.take_failures(&spans);
+        failures.iter().for_each(|(seq, _)| self.update(*seq, |life| life.dropped = true));
+        Ok(failures)
+    }
+
+    /// Records a decode step of these sequences, in this order, as a graph, and runs it once; `forward` is the model's
+    /// forward pass. Run a step or two before, so that everything that is made once exists. What `forward` returns is
+    /// written anew by each [`replay`](Self::replay); inputs that change must be at fixed addresses on the device.
+    ///
+    /// Every replay makes the same launches, so the policy may trim after every decode step or after none, to a budget
+    /// that does not grow with the tokens seen.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the reasons why this policy cannot be replayed; an error of `forward` or of the device.
+    /// The sequences are lost then: release them.
+    pub fn capture<T, E: From<Error>>(
+        &mut self,
+        sequences: &[SeqId],
+        forward: impl FnOnce(&Step, &mut Self) -> std::result::Result<T, E>,
+    ) -> std::result::Result<(DecodeGraph, T), E> {
+        self.check_replayable()?;
+        let work: Vec<_> = sequences.iter().map(|&seq| (seq, 1, Phase::Decode)).collect();
+        let step = self.begin(&work)?;
+        if let Err(error) = self.backend.begin_capture() {
+            self.abort(step);
+            return Err(error.into());
+        }
+        let output = forward(&step, self);
+        let recording = self.backend.end_capture(); // whatever became of the forward pass
+        let (output, recording) = match (output, recording) {
+            (Ok(output), Ok(recording)) => (output, recording),
+            (Err(error), _) => {
+                self.abort(step);
+                return Err(error);
+            }
+            (_, Err(error)) => {
+                self.abort(step);
+                return Err(error.into());
+            }
+        };
+        self.backend.replay(&*recording)?;
+        self.end(step);
+        Ok((DecodeGraph { work, recording }, output))
+    }
+
+    /// A further decode step of the sequences of a graph. Returns what [`end`](Self::end) returns.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin), and those of the device.
+    pub fn replay(&mut self, graph: &DecodeGraph) -> Result<Vec<(SeqId, Error)>> {
+        let step = self.begin(&graph.work)?;
+        self.backend.replay(&*graph.recording)?;
+        Ok(self.end(step))
+    }
+
+    fn check_replayable(&self) -> Result<()> {
+        let mut reasons: Vec<String> = vec![];
+        for layer in 0..self.spec.layers {
+            let cx = LayerCx { layer, spec: &self.spec };
+            let needs = self.policy.needs(&cx);
+            let every = self.policy.when(&cx).every.map_or(0, |n| n.get());
+            if every > 1 {
+                reasons.push(format!("layer {layer} trims every {every} steps, a graph does the same in each"));
+            }
+            const SEEN: usize = 1 << 20;
+            if every == 1 && self.policy.budget(&cx, SEEN) != self.policy.budget(&cx, 2 * SEEN) {
+                reasons.push(format!("the budget of layer {layer} grows with the tokens seen"));
+            }
+            if needs.last_queries > 0 || needs.query_moments.is_some() {
+                reasons.push(format!("layer {layer} remembers queries"));
+            }
+            if !reasons.is_empty() {
+                return Err(Error::Refused { policy: self.policy.to_string(), reasons });
+            }
+        }
+        Ok(())
     }
 
     fn update(&mut self, seq: SeqId, change: impl FnOnce(&mut Life)) {
@@ -301,6 +385,13 @@ impl KvCache {
         }
         self.backend.held_positions(layer, seq, kv_head)
     }
+}
+
+/// A decode step that was recorded once: see [`KvCache::capture`].
+#[derive(Debug)]
+pub struct DecodeGraph {
+    work: Vec<(SeqId, usize, Phase)>,
+    recording: Box<dyn Recording>,
 }
 
 fn shape(what: &'static str, tensor: &Tensor, expected: &[usize]) -> Result<()> {

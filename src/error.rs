@@ -62,6 +62,15 @@ pub enum Error {
     /// An error of a model under comparison.
     #[error("{0}")]
     Host(Box<dyn std::error::Error + Send + Sync>),
+    /// An error of the CUDA driver.
+    #[cfg(feature = "cuda")]
+    #[error("CUDA, {what}: {source}")]
+    Cuda {
+        /// What was being done.
+        what: &'static str,
+        /// What the driver says.
+        source: cudarc::driver::DriverError,
+    },
     /// An error of the tensor library.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

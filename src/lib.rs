@@ -62,7 +62,9 @@ mod stats;
 mod step;
 
 pub use backend::cpu::{CpuConfig, cpu};
-pub use cache::KvCache;
+#[cfg(feature = "cuda")]
+pub use backend::cuda::{CudaConfig, cuda, cuda_device};
+pub use cache::{DecodeGraph, KvCache};
 pub use error::{Error, Result};
 pub use policy::{
     Budget, Evict, GateSource, Held, LayerCx, Moments, Needs, NewTokens, Policy, Protect, QueryMoments, Score, Verdict,

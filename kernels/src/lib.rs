@@ -5,8 +5,22 @@
 //! one `#[repr(C)]` structure by value, declared beside it in `cuda/`.
 #![cfg(feature = "cuda")]
 
+mod append;
+mod attend;
+mod held;
 mod module;
+mod observe;
+mod plan;
 mod store;
+mod trim;
 
+pub use append::{AppendParams, Marks};
+pub use attend::{
+    DECODE_TILE_SHIFT, DecodeParams, FAST_HEAD_DIMS, PlainParams, decode_blocks_per_multiprocessor, decode_scratch,
+};
+pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, ScatterParams};
 pub use module::{Dtype, Kernels};
-pub use store::{Counters, Protect, Ring, Span, Store};
+pub use observe::ObserveParams;
+pub use plan::{BlockWork, LayerPlan, PlanParams, RowWork, ScheduleParams};
+pub use store::{Address, Counters, Protect, Ring, Span, Store};
+pub use trim::{PooledBudget, TrimParams, UNLIMITED};

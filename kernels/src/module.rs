@@ -57,11 +57,27 @@ impl Kernels {
     /// # Errors
     /// The driver's, such as no machine code for this GPU.
     pub fn load(context: &Arc<CudaContext>) -> Result<Self, DriverError> {
-        let images: [(&str, &[u8]); 0] = images![];
+        let images = images!["append", "decode", "held", "observe", "plain", "plan", "trim"];
         let load =
             |(name, image): (&'static str, &[u8])| Ok((name, context.load_module(Ptx::from_binary(image.to_vec()))?));
         let modules = images.into_iter().map(load).collect::<Result<_, DriverError>>()?;
         Ok(Self { modules, functions: Mutex::default() })
+    }
+
+    /// The kernels of a context, loaded once.
+    ///
+    /// # Errors
+    /// As [`Kernels::load`].
+    pub fn of(context: &Arc<CudaContext>) -> Result<Arc<Self>, DriverError> {
+        static LOADED: Mutex<Vec<(usize, Arc<Kernels>)>> = Mutex::new(vec![]);
+        let address = context.cu_ctx() as usize;
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, kernels)) = loaded.iter().find(|(known, _)| *known == address) {
+            return Ok(kernels.clone());
+        }
+        let kernels = Arc::new(Self::load(context)?);
+        loaded.push((address, kernels.clone()));
+        Ok(kernels)
     }
 
     /// A kernel by its module and name, allowed `shared` bytes of dynamic shared memory.

@@ -1,7 +1,5 @@
 //! The structures of `cuda/store.cuh`, field by field.
 
-use cudarc::driver::DeviceRepr;
-
 /// A device address.
 pub type Address = u64;
 
@@ -47,6 +45,13 @@ pub struct Store {
     pub pages: u32,
 }
 
+impl Store {
+    /// Index of a row.
+    pub fn row_index(&self, layer: usize, seat: u32, head: usize) -> usize {
+        (layer * self.seats as usize + seat as usize) * self.heads as usize + head
+    }
+}
+
 /// Where the newest positions of a layer's rows are.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -80,7 +85,14 @@ pub struct Protect {
     pub recent: u32,
 }
 
-// SAFETY: plain numbers laid out as C lays out the structures of the same name in store.cuh.
-unsafe impl DeviceRepr for Counters {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for Span {}
+/// Structures that kernels take by value or read from memory: plain numbers, laid out as C lays out the structure of the
+/// same name in `cuda/`.
+macro_rules! device_repr {
+    ($($name:ty),+ $(,)?) => {$(
+        // SAFETY: `#[repr(C)]`, numbers only, no padding that is read.
+        unsafe impl cudarc::driver::DeviceRepr for $name {}
+    )+};
+}
+pub(crate) use device_repr;
+
+device_repr!(Counters, Span);

@@ -11,7 +11,7 @@ mod pool;
 mod row;
 
 use crate::{
-    backend::{Attention, Backend, Storage, Tap},
+    backend::{Attention, Backend, Capture, Storage, Tap},
     error::{Error, Result},
     policy::{Budget, Evict, Held, Needs, NewTokens, Protect, Score, Verdict},
     spec::{Lag, ModelSpec},
@@ -352,6 +352,8 @@ impl<E: Element> Storage for Cpu<E> {
         positions
     }
 }
+
+impl<E: Element> Capture for Cpu<E> {}
 
 impl<E: Element> Attention for Cpu<E> {
     fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor> {

@@ -4,7 +4,7 @@ use super::Rng;
 use candle_core::{Device, Tensor};
 use kvpolicy::{
     Budget, Error, Held, ModelSpec, Needs, NewTokens, Protect, Result, Score, SeqId, Span, Usage, Verdict,
-    backend::{Attention, Backend, Storage, Tap},
+    backend::{Attention, Backend, Capture, Storage, Tap},
 };
 use std::sync::{
     Arc,
@@ -61,6 +61,8 @@ impl Storage for Lazy {
         self.inner.held_positions(layer, seq, kv_head)
     }
 }
+
+impl Capture for Lazy {}
 
 impl Attention for Lazy {
     fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor> {

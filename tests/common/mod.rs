@@ -102,6 +102,12 @@ impl LayerData {
         };
         Self { k: self.k.iter().map(round).collect(), v: self.v.iter().map(round).collect(), ..self.clone() }
     }
+
+    /// Queries, too, in this type: what a backend that computes in it is given.
+    pub(crate) fn rounded(&self, dtype: DType) -> Self {
+        let stored = Self { k: self.q.clone(), ..self.clone() }.stored_as(dtype);
+        Self { q: stored.k, ..self.stored_as(dtype) }
+    }
 }
 
 /// What a model computes for one sequence: every layer's tokens, known in advance.

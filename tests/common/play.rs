@@ -57,7 +57,8 @@ impl Play {
         let step = self.cache.begin(&named).unwrap();
         for layer in 0..self.spec.layers {
             let new = self.tokens(&step, layer, &ranges);
-            let y: Vec<f32> = self.cache.attend(layer, &step, &new).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let y = self.cache.attend(layer, &step, &new).unwrap();
+            let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
             let mut rest = y.as_slice();
             for (who, range) in &ranges {
                 let (own, others) = rest.split_at(range.len() * self.spec.q_heads * self.spec.head_dim);
@@ -83,7 +84,7 @@ impl Play {
                 .iter()
                 .map(|(who, range)| (field(&self.actors[*who].stream.layers[layer]), range.clone()))
                 .collect();
-            gather(&parts, heads, width)
+            gather(&parts, heads, width).to_device(step.positions().device()).unwrap()
         };
         let logits = cut(|data| &data.logits, kv_heads, 1).squeeze(2).unwrap();
         step.tokens(

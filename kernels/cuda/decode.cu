@@ -1,0 +1,370 @@
+// Attention of one query a sequence over its ragged rows (split-KV flash decoding).
+//
+// All rows of the step lie end to end as tiles of 64 entries; `schedule` cut them into equal runs, one a block, so work
+// is balanced whatever the lengths and the grid never depends on them. Each of a block's four warps streams 16 entries
+// of every tile through its own shared-memory stages, without a barrier, for all query heads of the group at once on
+// tensor cores. Where a row ends, the warps' softmax parts are merged; a row that spans blocks is finished by the block
+// that comes last.
+#include "mma.cuh"
+#include "work.cuh"
+
+struct DecodeParams {
+    Store store;
+    const void *q;           // element (token, head, i) at token * q_stride + head * head_dim + i
+    void *y;                 // [tokens, q_heads, head_dim]
+    float *lse;              // [tokens, q_heads]; may be null
+    const RowWork *rows;     // of this layer
+    const BlockWork *blocks; // of this layer
+    float *parts;            // [group tiles, blocks, 2, ROWS, head_dim + 2]
+    uint32_t *arrived;       // [group tiles, rows], zero between launches
+    const uint32_t *positions; // [tokens]
+    uint32_t q_heads, q_stride, group, row_count;
+    float scale;             // of the scores, log2(e) included
+    Protect protect;
+    uint32_t check_marks;    // rows may hold dead entries
+};
+
+namespace {
+
+constexpr int WARPS = 4;
+constexpr int KEYS = 16; // entries of a warp's part of a tile
+constexpr int TILE = WARPS * KEYS;
+constexpr float LN2 = 0.69314718055994531f;
+
+template <int D> struct Shape {
+    static constexpr int CHUNKS = D / 8; // 16-byte pieces of a key
+    static constexpr int STAGES = D <= 96 ? 4 : D == 128 ? 3 : 2;
+    static constexpr int STAGE_BYTES = 2 * KEYS * D * 2;
+    // Where piece c of key r lies, so that 8 keys' pieces of one column fall into different banks.
+    static __device__ int place(int r, int c) {
+        int swizzled = D % 64 == 0 ? c ^ (r & 7) : D == 96 ? c ^ ((r >> 1) & 3) : c ^ ((r >> 2) & 1);
+        return (r * CHUNKS + swizzled) * 16;
+    }
+};
+
+// The softmax of a part of a row: running maximum (in log2 units), sum, and unnormalised output.
+// A lane holds query rows lane/4 and lane/4 + 8 and two columns of each group of eight.
+template <int D> struct Part {
+    float max[2], sum[2];
+    float y[D / 8][4];
+
+    __device__ void clear() {
+        max[0] = max[1] = -INFINITY;
+        sum[0] = sum[1] = 0.0f;
+        for (int n = 0; n < D / 8; n++) y[n][0] = y[n][1] = y[n][2] = y[n][3] = 0.0f;
+    }
+};
+
+// Walks the tiles of a block's run, row after row.
+struct Walk {
+    const RowWork *rows;
+    RowWork work;
+    uint32_t row, tile, left; // tiles left in the run, this one included
+
+    __device__ Walk(const DecodeParams &p, const BlockWork &block)
+        : rows(p.rows), row(block.row), tile(block.tile), left(block.tiles) {
+        if (left > 0) work = rows[row];
+    }
+    __device__ uint32_t tiles() const { return (max(work.len, 1u) + TILE - 1) / TILE; }
+    __device__ bool ends_row() const { return left == 1 || tile + 1 == tiles(); }
+    // True if the next tile is of another row.
+    __device__ bool next() {
+        left--;
+        if (++tile < tiles() || left == 0) return false;
+        tile = 0;
+        work = rows[++row];
+        return true;
+    }
+};
+
+// Copies a warp's entries to shared memory, several tiles ahead. Lane i knows the page of the warp's part i tiles on.
+template <typename T, int D> struct Loader {
+    const DecodeParams &p;
+    Walk walk;
+    uint32_t pages, known; // known: tile that lane 0's page is of
+    uint32_t stages;       // address of the warp's stages
+    int stage;
+
+    __device__ Loader(const DecodeParams &p, const BlockWork &block, uint32_t stages)
+        : p(p), walk(p, block), stages(stages), stage(0) {
+        if (walk.left > 0) look_up();
+    }
+    __device__ uint32_t first_key() const { return walk.tile * TILE + threadIdx.x / 32 * KEYS; }
+    __device__ void look_up() {
+        uint32_t key = (walk.tile + threadIdx.x % 32) * TILE + threadIdx.x / 32 * KEYS;
+        known = walk.tile;
+        pages = key < walk.work.len
+                    ? p.store.table[(size_t)walk.work.row * p.store.max_pages + (key >> p.store.page_shift)]
+                    : 0;
+    }
+    // Enqueues the next part, or an empty group once the run is over.
+    __device__ void issue() {
+        if (walk.left > 0) {
+            copy_part();
+            bool other_row = walk.next();
+            if (walk.left > 0 && (other_row || walk.tile - known == 32)) look_up();
+        }
+        copy_commit();
+        stage = stage + 1 == Shape<D>::STAGES ? 0 : stage + 1;
+    }
+    __device__ void copy_part() {
+        uint32_t page = __shfl_sync(0xffffffffu, pages, walk.tile - known);
+        uint32_t key = first_key();
+        size_t entry = ((size_t)page << p.store.page_shift) + (key & ((1u << p.store.page_shift) - 1));
+        const T *k = (const T *)p.store.k + entry * D, *v = (const T *)p.store.v + entry * D;
+        uint32_t to = stages + stage * Shape<D>::STAGE_BYTES;
+#pragma unroll
+        for (int i = 0; i < KEYS * Shape<D>::CHUNKS / 32; i++) {
+            int piece = i * 32 + threadIdx.x % 32, r = piece / Shape<D>::CHUNKS, c = piece % Shape<D>::CHUNKS;
+            bool valid = key + r < walk.work.len;
+            uint32_t at = to + Shape<D>::place(r, c);
+            copy_async(at, k + r * D + c * 8, valid);
+            copy_async(at + KEYS * D * 2, v + r * D + c * 8, valid);
+        }
+    }
+};
+
+// The group's queries as the left operand: rows lane/4 and lane/4 + 8 of the tile.
+template <typename T, int D, bool HALF>
+__device__ void load_queries(const DecodeParams &p, const RowWork &work, uint32_t (&q)[D / 16][4]) {
+    int lane = threadIdx.x % 32;
+    uint32_t head = work.row % p.store.heads * p.group;
+    uint32_t first = blockIdx.y * 16 + lane / 4;
+    const T *base = (const T *)p.q + (size_t)work.token * p.q_stride + lane % 4 * 2;
+    auto load = [&](uint32_t g, int i) -> uint32_t {
+        return g < p.group ? *(const uint32_t *)(base + (size_t)(head + g) * D + i) : 0;
+    };
+#pragma unroll
+    for (int s = 0; s < D / 16; s++) {
+        q[s][0] = load(first, s * 16);
+        q[s][2] = load(first, s * 16 + 8);
+        q[s][1] = HALF ? 0 : load(first + 8, s * 16);
+        q[s][3] = HALF ? 0 : load(first + 8, s * 16 + 8);
+    }
+}
+
+// Which of a lane's four entries the query sees: bit 2 n + i for entry 8 n + 2 (lane % 4) + i.
+__device__ uint32_t visible_entries(const DecodeParams &p, const RowWork &work, uint32_t first_key) {
+    uint32_t bits = 0;
+    for (int n = 0; n < 2; n++) {
+        for (int i = 0; i < 2; i++) {
+            uint32_t key = first_key + n * 8 + threadIdx.x % 4 * 2 + i;
+            bool seen = key < work.len;
+            if (seen && p.check_marks) {
+                uint32_t tag = p.store.tag[p.store.entry(work.row, key)];
+                seen = p.protect.visible(tag, p.positions[work.token]);
+            }
+            bits |= (uint32_t)seen << (2 * n + i);
+        }
+    }
+    return bits;
+}
+
+// One warp's 16 entries.
+template <typename T, int D, bool HALF>
+__device__ void attend_part(const DecodeParams &p, const RowWork &work, uint32_t first_key, uint32_t stage,
+                            const uint32_t (&q)[D / 16][4], Part<D> &part) {
+    int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
+    float s[2][4] = {};
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        uint32_t k[4];
+        load_matrices(k, stage + Shape<D>::place((matrix >> 1) * 8 + r, step * 2 + (matrix & 1)));
+        mma<T>(s[0], q[step], k[0], k[1]);
+        mma<T>(s[1], q[step], k[2], k[3]);
+    }
+    if (first_key + KEYS > work.len || p.check_marks) {
+        uint32_t seen = visible_entries(p, work, first_key);
+        for (int n = 0; n < 2; n++)
+            for (int i = 0; i < 4; i++)
+                if (!(seen >> (2 * n + i % 2) & 1)) s[n][i] = -INFINITY;
+    }
+    uint32_t weights[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int half = 0; half < (HALF ? 1 : 2); half++) {
+        int i = half * 2;
+        float top = fmaxf(fmaxf(s[0][i], s[0][i + 1]), fmaxf(s[1][i], s[1][i + 1]));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2)) * p.scale;
+        top = fmaxf(part.max[half], top);
+        float base = top == -INFINITY ? 0.0f : top; // nothing seen yet: no maximum to subtract
+        float fade = exp2_fast(part.max[half] - base);
+        float w[4];
+        for (int n = 0; n < 2; n++)
+            for (int x = 0; x < 2; x++) w[2 * n + x] = exp2_fast(s[n][i + x] * p.scale - base);
+        part.max[half] = top;
+        part.sum[half] = part.sum[half] * fade + w[0] + w[1] + w[2] + w[3];
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            part.y[n][i] *= fade;
+            part.y[n][i + 1] *= fade;
+        }
+        weights[half] = pack<T>(w[0], w[1]);
+        weights[half + 2] = pack<T>(w[2], w[3]);
+    }
+    uint32_t values = stage + KEYS * D * 2;
+#pragma unroll
+    for (int n = 0; n < D / 16; n++) {
+        uint32_t v[4];
+        load_matrices_transposed(v, values + Shape<D>::place((matrix & 1) * 8 + r, n * 2 + (matrix >> 1)));
+        mma<T>(part.y[2 * n], weights, v[0], v[1]);
+        mma<T>(part.y[2 * n + 1], weights, v[2], v[3]);
+    }
+}
+
+// A row's parts in memory: for each query row its maximum and sum, then its output.
+template <int D> __device__ size_t part_floats(int rows) { return (size_t)rows * (D + 2); }
+
+// Writes a warp's part to shared memory: [rows][D + 2].
+template <int D, bool HALF> __device__ void store_part(float *to, const Part<D> &part) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < (HALF ? 1 : 2); half++) {
+        float sum = part.sum[half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        float *row = to + (half * 8 + lane / 4) * (D + 2);
+        if (lane % 4 == 0) {
+            row[0] = part.max[half];
+            row[1] = sum;
+        }
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            *(float2 *)(row + 2 + n * 8 + lane % 4 * 2) = make_float2(part.y[n][half * 2], part.y[n][half * 2 + 1]);
+        }
+    }
+}
+
+// Parts that other blocks wrote are read past the first-level cache.
+struct FromMemory {
+    static __device__ float read(const float *p) { return __ldcg(p); }
+};
+struct FromShared {
+    static __device__ float read(const float *p) { return *p; }
+};
+
+// One component of the merged parts `part(0), part(1), ..`: maximum, sum and output.
+template <typename From, typename F> __device__ float3 merge(int count, int component, F part) {
+    float top = -INFINITY;
+    for (int i = 0; i < count; i++) top = fmaxf(top, From::read(part(i)));
+    float base = top == -INFINITY ? 0.0f : top, sum = 0.0f, y = 0.0f;
+    for (int i = 0; i < count; i++) {
+        float weight = exp2_fast(From::read(part(i)) - base);
+        sum += weight * From::read(part(i) + 1);
+        y += weight * From::read(part(i) + 2 + component);
+    }
+    return make_float3(top, sum, y);
+}
+
+template <typename T, int D>
+__device__ void write_result(const DecodeParams &p, const RowWork &work, int g, int component, float3 merged) {
+    uint32_t in_group = blockIdx.y * 16 + g;
+    if (in_group >= p.group) return;
+    uint32_t head = work.row % p.store.heads * p.group + in_group;
+    size_t at = (size_t)work.token * p.q_heads + head;
+    ((T *)p.y)[at * D + component] = from_float<T>(merged.y > 0.0f ? merged.z / merged.y : 0.0f);
+    if (component == 0 && p.lse) {
+        p.lse[at] = merged.y > 0.0f ? (merged.x + log2f(merged.y)) * LN2 : INFINITY;
+    }
+}
+
+// The end of a block's piece of a row.
+template <typename T, int D, bool HALF>
+__device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk &walk, uint32_t first_tile,
+                       const Part<D> &part, float *shared, uint32_t *last) {
+    constexpr int ROWS = HALF ? 8 : 16;
+    size_t floats = part_floats<D>(ROWS);
+    store_part<D, HALF>(shared + threadIdx.x / 32 * floats, part);
+    __syncthreads();
+    const RowWork &work = walk.work;
+    uint32_t begin = work.first_tile, end = begin + walk.tiles();
+    bool whole = first_tile == 0 && walk.tile + 1 == walk.tiles();
+    // The blocks that hold a piece of this row, and where each put it: 0 for the row it began with, 1 for its last.
+    uint32_t first = run_of(begin, block.all, block.busy), until = run_of(end - 1, block.all, block.busy) + 1;
+    auto piece = [&](uint32_t b) {
+        bool began_with_it = run_start(b, block.all, block.busy) >= begin;
+        return p.parts + (((size_t)blockIdx.y * gridDim.x + b) * 2 + (began_with_it ? 0 : 1)) * floats;
+    };
+    float *mine = piece(blockIdx.x);
+    for (int i = threadIdx.x; i < ROWS * D; i += WARPS * 32) {
+        int g = i / D, component = i % D;
+        float3 merged = merge<FromShared>(WARPS, component, [&](int w) { return shared + w * floats + g * (D + 2); });
+        if (whole) {
+            write_result<T, D>(p, work, g, component, merged);
+        } else {
+            float *row = mine + g * (D + 2);
+            if (component == 0) {
+                row[0] = merged.x;
+                row[1] = merged.y;
+            }
+            row[2 + component] = merged.z;
+        }
+    }
+    if (!whole) {
+        __threadfence();
+        __syncthreads();
+        uint32_t *arrived = p.arrived + (size_t)blockIdx.y * p.row_count + walk.row;
+        if (threadIdx.x == 0) *last = atomicAdd(arrived, 1) + 1 == until - first;
+        __syncthreads();
+        if (*last) {
+            __threadfence();
+            for (int i = threadIdx.x; i < ROWS * D; i += WARPS * 32) {
+                int g = i / D, component = i % D;
+                auto of_block = [&](int b) { return piece(first + b) + g * (D + 2); };
+                write_result<T, D>(p, work, g, component, merge<FromMemory>(until - first, component, of_block));
+            }
+            if (threadIdx.x == 0) *arrived = 0;
+        }
+    }
+    __syncthreads(); // before the next row's parts overwrite these
+}
+
+template <typename T, int D, bool HALF> __device__ void decode(const DecodeParams &p) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    __shared__ uint32_t last;
+    constexpr int STAGES = Shape<D>::STAGES;
+    float *shared = (float *)(memory + WARPS * STAGES * Shape<D>::STAGE_BYTES);
+    uint32_t stages = shared_address(memory) + threadIdx.x / 32 * STAGES * Shape<D>::STAGE_BYTES;
+    const BlockWork block = p.blocks[blockIdx.x];
+    if (block.tiles == 0) return;
+    Loader<T, D> loader(p, block, stages);
+    Walk walk = loader.walk;
+    for (int i = 0; i < STAGES - 1; i++) loader.issue();
+    uint32_t q[D / 16][4];
+    load_queries<T, D, HALF>(p, walk.work, q);
+    Part<D> part;
+    part.clear();
+    uint32_t first_tile = walk.tile;
+    for (int stage = 0; walk.left > 0; stage = stage + 1 == STAGES ? 0 : stage + 1) {
+        copy_wait<STAGES - 2>();
+        __syncwarp();
+        uint32_t key = walk.tile * TILE + threadIdx.x / 32 * KEYS;
+        if (key < walk.work.len) {
+            attend_part<T, D, HALF>(p, walk.work, key, stages + stage * Shape<D>::STAGE_BYTES, q, part);
+        }
+        __syncwarp(); // every lane has read the stage that the loader fills next
+        loader.issue();
+        if (walk.ends_row()) {
+            finish<T, D, HALF>(p, block, walk, first_tile, part, shared, &last);
+            part.clear();
+            first_tile = 0;
+        }
+        if (walk.next()) load_queries<T, D, HALF>(p, walk.work, q);
+    }
+}
+
+} // namespace
+
+#define DECODE(NAME, T, D)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) decode_##NAME##_##D##_8(const DecodeParams p) {           \
+        decode<T, D, true>(p);                                                                                         \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) decode_##NAME##_##D##_16(const DecodeParams p) {          \
+        decode<T, D, false>(p);                                                                                        \
+    }
+#define DECODE_TYPES(D) DECODE(bf16, __nv_bfloat16, D) DECODE(f16, __half, D)
+DECODE_TYPES(64)
+DECODE_TYPES(80)
+DECODE_TYPES(96)
+DECODE_TYPES(128)
+DECODE_TYPES(256)

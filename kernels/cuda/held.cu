@@ -1,0 +1,201 @@
+// A policy's view of held entries: dense, oldest first. `order` says which slot each place of that view shows; the rest
+// gathers by it, or scatters what a policy made of it back to slots.
+#include "store.cuh"
+
+// Rows of one layer, listed spans outermost.
+struct ListedRows {
+    Store store;
+    const Span *spans;
+    const uint32_t *list; // [listed]
+    uint32_t *order;      // [listed, heads, max_len]: slots, oldest entry first, then NONE
+    uint32_t layer;
+    uint32_t max_len; // no row is longer
+
+    __device__ Span span(uint32_t listed_row) const { return spans[list[listed_row / store.heads]]; }
+    __device__ uint32_t row(uint32_t listed_row) const {
+        return store.row(layer, span(listed_row).seat, listed_row % store.heads);
+    }
+};
+
+struct OrderParams {
+    ListedRows rows;
+    uint32_t *lens; // [listed, heads]: entries of each row
+    uint32_t seen;  // no sequence has seen more tokens
+};
+
+struct GatherParams {
+    ListedRows rows;
+    const void *plane; // the store's keys or values
+    float *out;        // [listed, heads, max_len, head_dim]
+};
+
+// Each [listed, heads, max_len]; null where it is not wanted.
+struct LanesParams {
+    ListedRows rows;
+    float *positions;
+    float *scores;
+    float *valid;
+};
+
+struct ScatterParams {
+    const uint32_t *order;
+    const float *dense; // [rows, max_len], oldest entry first
+    float *out;         // [rows, max_len], in slot order
+    uint32_t max_len;
+};
+
+namespace {
+
+constexpr uint32_t WARP = 0xffffffffu;
+constexpr uint32_t BATCH = 4; // elements a thread has in flight
+
+__device__ uint32_t lane() { return threadIdx.x % 32; }
+
+// Which positions a row holds.
+struct Positions {
+    uint64_t *word;   // a bit each
+    uint32_t *before; // how many there are before each word
+    uint32_t words;
+
+    __device__ void clear() const {
+        for (uint32_t w = threadIdx.x; w < words; w += blockDim.x) word[w] = 0;
+    }
+
+    // Adds one position a lane. Neighbours mostly share a word, and are then added at once.
+    __device__ void add(uint32_t pos, bool takes_part) const {
+        uint32_t *half = (uint32_t *)word;
+        uint32_t bit = 1u << pos % 32;
+        for (int turn = 0; turn < 2; turn++) {
+            uint32_t active = __ballot_sync(WARP, takes_part);
+            if (active == 0) return;
+            uint32_t leader = __ffs(active) - 1, common = __shfl_sync(WARP, pos / 32, leader);
+            bool same = takes_part && pos / 32 == common;
+            uint32_t bits = __reduce_or_sync(WARP, same ? bit : 0);
+            if (lane() == leader) atomicOr(&half[common], bits);
+            takes_part = takes_part && !same;
+        }
+        if (takes_part) atomicOr(&half[pos / 32], bit);
+    }
+
+    // Sums up: the running total of each word, a block's width of words at a time.
+    __device__ void count() const {
+        __shared__ uint32_t sums[32];
+        uint32_t all = 0;
+        for (uint32_t from = 0; from < words; from += blockDim.x) {
+            uint32_t w = from + threadIdx.x, own = w < words ? __popcll(word[w]) : 0, sum = own;
+            for (uint32_t d = 1; d < 32; d *= 2) {
+                uint32_t other = __shfl_up_sync(WARP, sum, d);
+                if (lane() >= d) sum += other;
+            }
+            __syncthreads(); // the sums of the turn before have been read
+            if (lane() == 31) sums[threadIdx.x / 32] = sum;
+            __syncthreads();
+            uint32_t of_warp = lane() < blockDim.x / 32 ? sums[lane()] : 0;
+            uint32_t earlier = __reduce_add_sync(WARP, lane() < threadIdx.x / 32 ? of_warp : 0);
+            if (w < words) before[w] = all + earlier + sum - own;
+            all += __reduce_add_sync(WARP, of_warp);
+        }
+    }
+
+    // How many are older.
+    __device__ uint32_t rank(uint32_t pos) const {
+        return before[pos / 64] + __popcll(word[pos / 64] & ((1ull << pos % 64) - 1));
+    }
+};
+
+// W elements of T as floats.
+template <typename T, int W> struct alignas(sizeof(T) * W) Piece { T x[W]; };
+
+// A thread a piece of W elements of the output.
+template <typename T, int W> __device__ void gather(const GatherParams &p) {
+    const ListedRows &rows = p.rows;
+    const uint32_t listed = blockIdx.y, row = rows.row(listed);
+    const uint32_t pieces = rows.store.head_dim / W, all = rows.max_len * pieces;
+    const uint32_t *order = rows.order + (size_t)listed * rows.max_len;
+    auto *plane = (const Piece<T, W> *)p.plane;
+    auto *out = (Piece<float, W> *)p.out + (size_t)listed * all;
+    const uint32_t first = blockIdx.x * blockDim.x * BATCH + threadIdx.x;
+    Piece<T, W> held[BATCH];
+    bool empty[BATCH];
+#pragma unroll
+    for (uint32_t j = 0; j < BATCH; j++) {
+        uint32_t i = first + j * blockDim.x, place = i / pieces;
+        uint32_t slot = i < all ? order[place] : NONE;
+        empty[j] = slot == NONE;
+        if (!empty[j]) held[j] = plane[rows.store.entry(row, slot) * pieces + (i - place * pieces)];
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < BATCH; j++) {
+        uint32_t i = first + j * blockDim.x;
+        if (i >= all) return;
+        Piece<float, W> wide;
+#pragma unroll
+        for (int e = 0; e < W; e++) wide.x[e] = empty[j] ? 0.0f : to_float(held[j].x[e]);
+        out[i] = wide;
+    }
+}
+
+template <typename T> __device__ void gather_any(const GatherParams &p) {
+    if (p.rows.store.head_dim % 4 == 0) gather<T, 4>(p);
+    else gather<T, 1>(p);
+}
+
+} // namespace
+
+// One block a row. Positions of a row differ, so an entry's place is the number of older positions.
+extern "C" __global__ void __launch_bounds__(1024) order(const __grid_constant__ OrderParams p) {
+    extern __shared__ uint64_t memory[]; // bits of the positions, then counts before each word
+    const ListedRows &rows = p.rows;
+    const uint32_t listed = blockIdx.x, row = rows.row(listed), len = rows.store.len[row];
+    const Span span = rows.span(listed);
+    const Positions held{memory, (uint32_t *)(memory + (p.seen + 63) / 64), (span.start + span.len + 63) / 64};
+    uint32_t *out = rows.order + (size_t)listed * rows.max_len;
+    held.clear();
+    __syncthreads();
+    for (uint32_t first = threadIdx.x - lane(); first < len; first += blockDim.x) {
+        uint32_t slot = first + lane();
+        uint32_t tag = slot < len ? rows.store.tag[rows.store.entry(row, slot)] : 0;
+        held.add(tag & ~MARK, slot < len);
+    }
+    __syncthreads();
+    held.count();
+    __syncthreads();
+    for (uint32_t slot = threadIdx.x; slot < len; slot += blockDim.x) {
+        out[held.rank(rows.store.tag[rows.store.entry(row, slot)] & ~MARK)] = slot;
+    }
+    for (uint32_t place = len + threadIdx.x; place < rows.max_len; place += blockDim.x) out[place] = NONE;
+    if (threadIdx.x == 0) p.lens[listed] = len;
+}
+
+extern "C" __global__ void __launch_bounds__(256) gather_f32(const __grid_constant__ GatherParams p) {
+    gather_any<float>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) gather_f16(const __grid_constant__ GatherParams p) {
+    gather_any<__half>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) gather_bf16(const __grid_constant__ GatherParams p) {
+    gather_any<__nv_bfloat16>(p);
+}
+
+// A thread an entry.
+extern "C" __global__ void lanes(const __grid_constant__ LanesParams p) {
+    const ListedRows &rows = p.rows;
+    const uint32_t place = blockIdx.x * blockDim.x + threadIdx.x, listed = blockIdx.y;
+    if (place >= rows.max_len) return;
+    const size_t at = (size_t)listed * rows.max_len + place;
+    const uint32_t slot = rows.order[at];
+    const bool held = slot != NONE;
+    const size_t entry = held ? rows.store.entry(rows.row(listed), slot) : 0;
+    if (p.positions) p.positions[at] = held ? (float)(rows.store.tag[entry] & ~MARK) : 0.0f;
+    if (p.scores) p.scores[at] = held ? rows.store.score[entry] : 0.0f;
+    if (p.valid) p.valid[at] = held ? 1.0f : 0.0f;
+}
+
+// A thread an entry. Places that show no entry are passed over.
+extern "C" __global__ void scatter(const __grid_constant__ ScatterParams p) {
+    const uint32_t place = blockIdx.x * blockDim.x + threadIdx.x;
+    if (place >= p.max_len) return;
+    const size_t row = (size_t)blockIdx.y * p.max_len;
+    const uint32_t slot = p.order[row + place];
+    if (slot != NONE) p.out[row + slot] = p.dense[row + place];
+}

@@ -1,0 +1,300 @@
+// Once per step, before anything is written: where each row's new tokens go, which pages they need, and who walks which
+// part of the rows in decode attention. The host knows none of the lengths.
+#include "store.cuh"
+#include "work.cuh"
+
+// What a plan must know of a layer beside the store.
+struct LayerPlan {
+    Ring ring;
+    uint32_t sinks;
+    uint32_t reuse_age; // a marked entry this old is dead and its slot is free for the next token; 0 if none was marked
+};
+
+struct PlanParams {
+    Store store;
+    const Span *spans;
+    const LayerPlan *layers; // [layers]
+    uint32_t span_count;
+    uint32_t first_layer, layer_count;
+};
+
+namespace {
+
+constexpr int THREADS = 1024;
+
+// The part of a plan that the block shares. One of each per span.
+struct Shared {
+    unsigned long long *need; // pages
+    uint32_t *base;           // index on the free stack above the span's pages
+    uint32_t *taken;          // how many of them were handed out
+};
+
+struct Grower {
+    const PlanParams &p;
+    uint32_t rows_per_span, rows;
+
+    __device__ explicit Grower(const PlanParams &p)
+        : p(p), rows_per_span(p.layer_count * p.store.heads), rows(p.span_count * rows_per_span) {}
+
+    __device__ uint32_t span_of(uint32_t i) const { return i / rows_per_span; }
+    __device__ uint32_t layer_of(uint32_t i) const { return p.first_layer + i % rows_per_span / p.store.heads; }
+    __device__ uint32_t row_of(uint32_t i) const {
+        return p.store.row(layer_of(i), p.spans[span_of(i)].seat, i % p.store.heads);
+    }
+    __device__ uint32_t pages_for(uint32_t entries) const {
+        return (entries + (1u << p.store.page_shift) - 1) >> p.store.page_shift;
+    }
+    // The slot of an entry that this step's token may overwrite.
+    __device__ uint32_t reusable(uint32_t i, uint32_t row, uint32_t len) const {
+        const Span span = p.spans[span_of(i)];
+        const LayerPlan layer = p.layers[layer_of(i)];
+        if (span.len != 1 || layer.reuse_age == 0 || span.start < layer.reuse_age) return NONE;
+        uint32_t pos = span.start - layer.reuse_age;
+        if (pos < layer.sinks) return NONE;
+        uint32_t slot = layer.ring.of(p.store, span.seat, i % p.store.heads)[pos % layer.ring.size];
+        bool found = slot < len && p.store.tag[p.store.entry(row, slot)] == (pos | MARK);
+        return found ? slot : NONE;
+    }
+    // Tokens that make the row longer.
+    __device__ uint32_t growth(uint32_t i, uint32_t row, uint32_t len) const {
+        return p.store.target[row] < len ? 0 : p.spans[span_of(i)].len;
+    }
+};
+
+// Chooses the target of every row and adds up the pages each span needs.
+__device__ void choose_targets(const Grower &g, const Shared &shared) {
+    for (uint32_t i = threadIdx.x; i < g.rows; i += THREADS) {
+        uint32_t s = g.span_of(i), row = g.row_of(i), len = g.p.store.len[row];
+        uint32_t reuse = g.reusable(i, row, len);
+        g.p.store.target[row] = reuse != NONE ? reuse : len;
+        if (reuse != NONE) continue;
+        uint32_t pages = g.pages_for(len + g.p.spans[s].len), owned = g.p.store.owned[row];
+        if (pages > g.p.store.max_pages) atomicAdd(&shared.need[s], 1ull << 40); // no pool is that large
+        else if (pages > owned) atomicAdd(&shared.need[s], (unsigned long long)(pages - owned));
+    }
+}
+
+__device__ uint32_t sum_over_warp(uint32_t x) { return __reduce_add_sync(0xffffffffu, x); }
+
+// Hands out the pages of the spans first..until and counts what is written.
+__device__ void grant(const Grower &g, const Shared &shared, uint32_t first, uint32_t until) {
+    const Store &store = g.p.store;
+    uint32_t grown = 0, written = 0;
+    uint32_t begin = first * g.rows_per_span, end = until * g.rows_per_span;
+    for (uint32_t from = begin; from < end; from += THREADS) {
+        uint32_t i = from + threadIdx.x;
+        uint32_t row = 0, owned = 0, need = 0, offset = 0;
+        if (i < end && shared.base[g.span_of(i)] != NONE) {
+            uint32_t s = g.span_of(i);
+            row = g.row_of(i);
+            uint32_t len = store.len[row], growth = g.growth(i, row, len);
+            owned = store.owned[row];
+            uint32_t pages = g.pages_for(len + growth);
+            need = pages > owned ? pages - owned : 0;
+            if (need > 0) offset = shared.base[s] - atomicAdd(&shared.taken[s], need);
+            store.len[row] = len + growth;
+            store.owned[row] = owned + need;
+            grown += growth;
+            written += g.p.spans[s].len;
+        }
+        // A long prefill takes many pages a row: the warp copies their ids together.
+        for (uint32_t waiting = __ballot_sync(0xffffffffu, need > 0); waiting; waiting &= waiting - 1) {
+            int lane = __ffs(waiting) - 1;
+            uint32_t n = __shfl_sync(0xffffffffu, need, lane), top = __shfl_sync(0xffffffffu, offset, lane);
+            size_t at = (size_t)__shfl_sync(0xffffffffu, row, lane) * store.max_pages +
+                        __shfl_sync(0xffffffffu, owned, lane);
+            for (uint32_t j = threadIdx.x % 32; j < n; j += 32) store.table[at + j] = store.free_pages[top - 1 - j];
+        }
+    }
+    grown = sum_over_warp(grown);
+    written = sum_over_warp(written);
+    if (threadIdx.x % 32 == 0 && written > 0) {
+        atomicAdd((unsigned long long *)&store.counters->live, (unsigned long long)grown);
+        atomicAdd((unsigned long long *)&store.counters->written, (unsigned long long)written);
+        atomicAdd((unsigned long long *)&store.counters->evicted, (unsigned long long)(written - grown));
+    }
+}
+
+// Gives back every page of a sequence, all layers; its rows are empty then. `top`: the free stack's height, shared.
+__device__ void give_back(const Store &store, uint32_t seat, uint32_t *top) {
+    uint32_t rows = store.layers * store.heads, lost = 0;
+    for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x) {
+        uint32_t row = store.row(i / store.heads, seat, i % store.heads);
+        uint32_t owned = store.owned[row], at = atomicAdd(top, owned);
+        for (uint32_t j = 0; j < owned; j++) store.free_pages[at + j] = store.table[(size_t)row * store.max_pages + j];
+        lost += store.len[row];
+        store.len[row] = store.owned[row] = 0;
+        store.newest[row] = store.target[row] = NONE;
+    }
+    lost = sum_over_warp(lost);
+    if (threadIdx.x % 32 == 0) {
+        atomicAdd((unsigned long long *)&store.counters->live, (unsigned long long)-(long long)lost);
+    }
+}
+
+// Where a span ran out: the first of its tokens that finds no page if its heads share what is there evenly.
+__device__ uint64_t where_it_ended(const Grower &g, uint32_t s, uint32_t available) {
+    const Span span = g.p.spans[s];
+    uint32_t row = g.row_of(s * g.rows_per_span), len = g.p.store.len[row];
+    uint32_t pages = min(g.p.store.owned[row] + available / g.p.store.heads, g.p.store.max_pages);
+    uint32_t room = pages << g.p.store.page_shift, fit = room > len ? room - len : 0;
+    uint32_t position = span.start + min(fit, span.len - 1);
+    return 1ull << 63 | (uint64_t)g.p.first_layer << 32 | position;
+}
+
+} // namespace
+
+// One block. A sequence that needs more pages than there are is dropped whole and its pages serve those after it.
+extern "C" __global__ void __launch_bounds__(THREADS) plan(const PlanParams p) {
+    extern __shared__ unsigned long long memory[];
+    Shared shared{memory, (uint32_t *)(memory + p.span_count), (uint32_t *)(memory + p.span_count) + p.span_count};
+    __shared__ uint32_t available, until;
+    Grower g(p);
+    for (uint32_t s = threadIdx.x; s < p.span_count; s += THREADS) shared.need[s] = shared.taken[s] = 0;
+    if (threadIdx.x == 0) available = p.store.counters->free;
+    __syncthreads();
+    choose_targets(g, shared);
+    __syncthreads();
+    for (uint32_t next = 0; next < p.span_count; next = until + 1) {
+        __syncthreads(); // everyone has read `until`
+        if (threadIdx.x == 0) {
+            uint32_t s = next;
+            for (; s < p.span_count; s++) {
+                bool dropped = p.store.failed[p.spans[s].seat] != 0;
+                if (!dropped && shared.need[s] > available) break;
+                shared.base[s] = dropped ? NONE : available;
+                if (!dropped) available -= (uint32_t)shared.need[s];
+            }
+            until = s;
+        }
+        __syncthreads();
+        grant(g, shared, next, until);
+        __syncthreads();
+        if (until < p.span_count) { // this one finds no room
+            if (threadIdx.x == 0) {
+                p.store.failed[p.spans[until].seat] = where_it_ended(g, until, available);
+                shared.base[until] = NONE;
+            }
+            __syncthreads();
+            give_back(p.store, p.spans[until].seat, &available);
+            __syncthreads();
+        }
+    }
+    // Rows of a dropped sequence take nothing.
+    for (uint32_t i = threadIdx.x; i < g.rows; i += THREADS) {
+        if (shared.base[g.span_of(i)] == NONE) p.store.target[g.row_of(i)] = NONE;
+    }
+    if (threadIdx.x == 0) {
+        p.store.counters->free = available;
+        p.store.counters->least_free = min(p.store.counters->least_free, available);
+    }
+}
+
+struct ReleaseParams {
+    Store store;
+    uint32_t seat;
+};
+
+// One block: ends a sequence.
+extern "C" __global__ void release(const ReleaseParams p) {
+    __shared__ uint32_t top;
+    if (threadIdx.x == 0) top = p.store.counters->free;
+    __syncthreads();
+    give_back(p.store, p.seat, &top);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        p.store.counters->free = top;
+        p.store.failed[p.seat] = 0;
+    }
+}
+
+struct ClearParams {
+    Store store;
+};
+
+// A new store: every page is free, every row empty.
+extern "C" __global__ void clear(const ClearParams p) {
+    uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
+    uint32_t rows = p.store.layers * p.store.seats * p.store.heads;
+    for (uint32_t row = i; row < rows; row += all) {
+        p.store.len[row] = p.store.owned[row] = 0;
+        p.store.newest[row] = p.store.target[row] = NONE;
+    }
+    // From the top of the stack pages come in order.
+    for (uint32_t page = i; page < p.store.pages; page += all) p.store.free_pages[page] = p.store.pages - 1 - page;
+    for (uint32_t seat = i; seat < p.store.seats; seat += all) p.store.failed[seat] = 0;
+    if (i == 0) *p.store.counters = Counters{0, 0, 0, p.store.pages, p.store.pages};
+}
+
+struct ScheduleParams {
+    Store store;
+    const Span *spans;
+    const uint32_t *singles; // spans of one token
+    RowWork *rows;           // [layers, max_rows]
+    BlockWork *blocks;       // [layers, block_count]
+    uint32_t single_count, max_rows, block_count;
+    uint32_t first_layer;
+    uint32_t tile_shift; // log2 of the entries of a tile
+};
+
+// One block a layer: cuts the tiles of its rows into equal runs, one for each block of the attention kernel.
+extern "C" __global__ void __launch_bounds__(THREADS) schedule(const ScheduleParams p) {
+    __shared__ uint32_t sums[32];
+    __shared__ uint32_t carried;
+    uint32_t layer = p.first_layer + blockIdx.x, rows = p.single_count * p.store.heads;
+    RowWork *out = p.rows + (size_t)layer * p.max_rows;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) carried = 0;
+    __syncthreads();
+    for (uint32_t from = 0; from < rows; from += THREADS) {
+        uint32_t i = from + threadIdx.x, tiles = 0;
+        RowWork work{};
+        if (i < rows) {
+            Span span = p.spans[p.singles[i / p.store.heads]];
+            work.row = p.store.row(layer, span.seat, i % p.store.heads);
+            work.len = p.store.len[work.row];
+            work.token = span.first;
+            // An empty row is a tile as well: its output has to be written.
+            tiles = (max(work.len, 1u) + (1u << p.tile_shift) - 1) >> p.tile_shift;
+        }
+        uint32_t sum = tiles;
+        for (int d = 1; d < 32; d *= 2) {
+            uint32_t other = __shfl_up_sync(0xffffffffu, sum, d);
+            if (lane >= d) sum += other;
+        }
+        if (lane == 31) sums[warp] = sum;
+        __syncthreads();
+        if (warp == 0) {
+            uint32_t total = sums[lane];
+            for (int d = 1; d < 32; d *= 2) {
+                uint32_t other = __shfl_up_sync(0xffffffffu, total, d);
+                if (lane >= d) total += other;
+            }
+            sums[lane] = total;
+        }
+        __syncthreads();
+        work.first_tile = carried + (warp ? sums[warp - 1] : 0) + sum - tiles;
+        if (i < rows) out[i] = work;
+        __syncthreads();
+        if (threadIdx.x == 0) carried += sums[31];
+        __syncthreads();
+    }
+    uint32_t all = carried;
+    BlockWork *blocks = p.blocks + (size_t)layer * p.block_count;
+    // Every block that has work has a tile at least, so that the blocks of a row are consecutive.
+    uint32_t busy = min(p.block_count, all);
+    for (uint32_t b = threadIdx.x; b < p.block_count; b += THREADS) {
+        if (b >= busy) {
+            blocks[b] = BlockWork{};
+            continue;
+        }
+        uint32_t first = run_start(b, all, busy), tiles = run_start(b + 1, all, busy) - first;
+        uint32_t low = 0, high = rows; // the last row that begins at or before `first`
+        while (high - low > 1) {
+            uint32_t middle = (low + high) / 2;
+            if (out[middle].first_tile <= first) low = middle;
+            else high = middle;
+        }
+        blocks[b] = BlockWork{low, first - out[low].first_tile, tiles, all, busy};
+    }
+}

@@ -1,0 +1,759 @@
+//! The CUDA backend: pages, lengths and the free list live on the device, and the host never waits in a decode step.
+//!
+//! The host knows bounds only. Once per step a *plan* on the device chooses the slot of every new token, takes pages for
+//! all layers at once, and drops the sequences that find none; a prefill plans layer by layer, since what a layer
+//! evicts serves the next. Counters and failures are copied back behind each step and looked at when they have arrived.
+//!
+//! Decode attention reads no marks: an entry dies when the window passes it, which is when the next token takes its
+//! slot, so after the append no row holds a dead entry.
+
+mod held;
+mod memory;
+mod observe;
+mod trim;
+
+use crate::{
+    backend::{Attention, Backend, Capture, Recording, Storage, Tap},
+    error::{Error, Result},
+    policy::{Budget, Evict, Held, Needs, NewTokens, Protect, Score, Verdict},
+    spec::{Lag, ModelSpec},
+    stats::Usage,
+    step::{SeqId, Span},
+};
+use candle_core::{DType, Device, Tensor};
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DriverError, sys};
+use kvpolicy_kernels::{
+    self as kernels, AppendParams, DECODE_TILE_SHIFT, DecodeParams, Dtype, FAST_HEAD_DIMS, Kernels, LayerPlan, Marks,
+    PlainParams, PlanParams, Ring, RowWork, ScheduleParams,
+};
+use memory::{Control, Layout, Memory, Readback, Staging, address, output, scratch, tensor_address, zeros};
+use std::{collections::HashMap, sync::Arc};
+
+/// How the CUDA store is laid out.
+#[derive(Debug, Clone)]
+pub struct CudaConfig {
+    /// Entries of one KV head per page: 16, 32, 64 or 128. Never changes a result beyond rounding.
+    pub page_size: usize,
+    /// Bytes of the pool, reserved at once; `None` for half of what is free.
+    pub limit_bytes: Option<u64>,
+    /// Type of stored keys and values: f32, f16 or bf16.
+    pub dtype: DType,
+    /// Sequences that may hold entries at a time.
+    pub max_sequences: usize,
+    /// Entries a row may hold. Each row of the tables takes 4 bytes for every page of them.
+    pub max_entries: usize,
+}
+
+impl Default for CudaConfig {
+    fn default() -> Self {
+        Self { page_size: 32, limit_bytes: None, dtype: DType::BF16, max_sequences: 64, max_entries: 1 << 17 }
+    }
+}
+
+/// A GPU whose steps can be recorded as graphs: work goes to a stream of its own, and tensors do not track their uses by
+/// events, since everything here uses that one stream.
+///
+/// # Errors
+/// [`Error::Candle`] if there is no such GPU.
+pub fn cuda_device(ordinal: usize) -> Result<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    // SAFETY: every tensor of this device is made, used and freed on its one stream.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    Ok(device)
+}
+
+/// A CUDA backend for a model.
+///
+/// # Errors
+/// [`Error::Config`] for a configuration that makes no sense or a device that is no GPU; [`Error::Cuda`] if the pool
+/// cannot be had.
+pub fn cuda(spec: &ModelSpec, config: &CudaConfig, device: &Device) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(Cuda::new(spec, config, device)?))
+}
+
+/// What an error of the driver happened in.
+fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
+    move |source| Error::Cuda { what, source }
+}
+
+/// What the backend keeps of a layer.
+#[derive(Debug, Default)]
+struct Layer {
+    needs: Needs,
+    ring: Option<CudaSlice<u32>>,
+    plan: LayerPlan,
+    /// Marked entries may be dead and still in their row when decode attends.
+    check_marks: bool,
+    queries: Option<observe::QueryRing>,
+    asked: trim::Asked,
+    /// The most entries a row holds after a trim, as of the last one.
+    trimmed: Option<u32>,
+}
+
+/// What the backend keeps of a sequence.
+#[derive(Debug)]
+struct Seat {
+    index: u32,
+    /// The most entries a row of each layer may hold now.
+    bounds: Vec<u32>,
+    observed: Vec<observe::Observed>,
+    /// The host knows that it was dropped.
+    dropped: bool,
+}
+
+/// The step that was begun last.
+#[derive(Debug, Default)]
+struct Current {
+    spans: Vec<Span>,
+    tokens: usize,
+    singles: usize,
+    /// Whether each layer plans for itself.
+    by_layer: bool,
+    large: bool,
+}
+
+#[derive(Debug)]
+struct Cuda {
+    spec: ModelSpec,
+    device: Device,
+    stream: Arc<CudaStream>,
+    kernels: Arc<Kernels>,
+    dtype: DType,
+    memory: Memory,
+    layers: Vec<Layer>,
+    layer_plans: CudaSlice<LayerPlan>,
+    seats: HashMap<SeqId, Seat>,
+    free_seats: Vec<u32>,
+    max_entries: usize,
+    staging: Staging,
+    readback: Readback,
+    /// For steps of up to as many tokens as there may be sequences, and for longer ones.
+    control: [Control; 2],
+    lse: [CudaSlice<f32>; 2],
+    current: Current,
+    decode: DecodeScratch,
+    capturing: bool,
+    /// Counts the rings made: a recorded step knows those of its time.
+    generation: u64,
+    /// Why the step being recorded cannot be replayed.
+    unrepeatable: std::cell::RefCell<Option<&'static str>>,
+}
+
+/// What decode attention needs beside the store.
+#[derive(Debug)]
+struct DecodeScratch {
+    blocks: u32,
+    max_rows: usize,
+    rows: CudaSlice<RowWork>,            // [layers, max_rows]
+    work: CudaSlice<kernels::BlockWork>, // [layers, blocks]
+    parts: CudaSlice<f32>,
+    arrived: CudaSlice<u32>,
+}
+
+impl DecodeScratch {
+    fn new(stream: &Arc<CudaStream>, spec: &ModelSpec, seats: usize) -> Result<Self> {
+        use sys::CUdevice_attribute as Attribute;
+        let attribute = |which| stream.context().attribute(which).map_err(driver("asking the device"));
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32;
+        let (group, d) = (spec.group() as u32, spec.head_dim as u32);
+        let blocks = multiprocessors * kernels::decode_blocks_per_multiprocessor(group, d, shared);
+        let max_rows = seats * spec.kv_heads;
+        Ok(Self {
+            blocks,
+            max_rows,
+            rows: scratch(stream, spec.layers * max_rows)?,
+            work: scratch(stream, spec.layers * blocks as usize)?,
+            parts: scratch(stream, kernels::decode_scratch(group, d, blocks))?,
+            arrived: zeros(stream, spec.group().div_ceil(16) * max_rows)?,
+        })
+    }
+}
+
+/// Heads of `[tokens, heads, head_dim]` as a kernel reads them: tokens may lie apart, all else is dense.
+struct Strided {
+    /// Keeps a converted copy alive until the kernel is enqueued.
+    _tensor: Tensor,
+    address: kernels::Address,
+    stride: u32,
+}
+
+/// Where a budget's kinds of limit leave the longest row.
+fn longest_after(budget: &Budget, protect: Protect) -> u32 {
+    let most = match budget {
+        Budget::Unlimited => return u32::MAX,
+        Budget::PerHead(keep) => *keep as u32,
+        Budget::Heads(heads) => heads.iter().copied().max().unwrap_or(0) as u32,
+        Budget::Pooled { total, .. } => *total as u32,
+    };
+    most.max(protect.sinks.saturating_add(protect.recent))
+}
+
+impl Cuda {
+    fn new(spec: &ModelSpec, config: &CudaConfig, device: &Device) -> Result<Self> {
+        check(spec, config)?;
+        let candle = device.as_cuda_device()?;
+        let stream = candle.cuda_stream();
+        let kernels = Kernels::of(stream.context()).map_err(driver("loading kernels"))?;
+        let limit = match config.limit_bytes {
+            Some(limit) => limit,
+            None => stream.context().mem_get_info().map_err(driver("asking for free memory"))?.0 as u64 / 2,
+        };
+        let seats = config.max_sequences;
+        let CudaConfig { page_size, max_entries, dtype, .. } = *config;
+        let memory = Memory::new(&stream, spec, Layout { page_size, limit, seats, max_entries, dtype })?;
+        // SAFETY: the store was allocated with these sizes.
+        unsafe { kernels.clear(&stream, memory.store) }.map_err(driver("clearing the store"))?;
+        let lse = |tokens| scratch(&stream, tokens * spec.q_heads);
+        Ok(Self {
+            spec: spec.clone(),
+            device: device.clone(),
+            layers: (0..spec.layers).map(|_| Layer::default()).collect(),
+            layer_plans: zeros(&stream, spec.layers)?,
+            seats: HashMap::new(),
+            free_seats: (0..seats as u32).rev().collect(),
+            staging: Staging::new(&stream),
+            readback: Readback::new(&stream, &memory)?,
+            control: [Control::new(device, seats, seats)?, Control::new(device, seats, 2048.max(seats))?],
+            lse: [lse(seats)?, lse(2048.max(seats))?],
+            current: Current::default(),
+            decode: DecodeScratch::new(&stream, spec, seats)?,
+            dtype,
+            max_entries,
+            memory,
+            kernels,
+            stream,
+            capturing: false,
+            generation: 0,
+            unrepeatable: None.into(),
+        })
+    }
+
+    fn element(&self) -> Dtype {
+        match self.dtype {
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::Bf16,
+            _ => Dtype::F32,
+        }
+    }
+
+    /// Whether tensor cores take this model.
+    fn fast(&self) -> bool {
+        self.dtype != DType::F32 && FAST_HEAD_DIMS.contains(&(self.spec.head_dim as u32))
+    }
+
+    fn control(&self) -> &Control {
+        &self.control[self.current.large as usize]
+    }
+
+    fn ring(&self, layer: usize) -> Ring {
+        self.layers[layer].plan.ring
+    }
+
+    /// The sequence's seat, a new one if it has none.
+    fn sit(&mut self, seq: SeqId) -> Result<u32> {
+        if let Some(seat) = self.seats.get(&seq) {
+            return Ok(seat.index);
+        }
+        let all = self.memory.store.seats;
+        let index = self.free_seats.pop().ok_or_else(|| Error::Sequence {
+            seq,
+            what: format!("finds no place: max_sequences={all} sequences hold entries; release one or raise it"),
+        })?;
+        let observed = (0..self.spec.layers).map(|_| observe::Observed::default()).collect();
+        self.seats.insert(seq, Seat { index, bounds: vec![0; self.spec.layers], observed, dropped: false });
+        Ok(index)
+    }
+
+    /// The most entries any row of these spans may hold in a layer. A recorded step must hold for those that follow.
+    fn bound(&self, layer: usize, spans: &[Span]) -> usize {
+        let bounds = spans.iter().filter_map(|span| Some(self.seats.get(&span.seq)?.bounds[layer]));
+        let now = bounds.max().unwrap_or(0) as usize;
+        if !self.capturing {
+            return now;
+        }
+        let later = self.layers[layer].trimmed.map_or(self.max_entries, |trimmed| trimmed as usize + 1);
+        now.max(later)
+    }
+
+    fn seat_of(&self, seq: SeqId) -> Option<u32> {
+        self.seats.get(&seq).map(|seat| seat.index)
+    }
+
+    /// Refuses a step that is not the one begun last: its spans are no longer on the device.
+    fn check_current(&self, spans: &[Span]) -> Result<()> {
+        if self.current.spans == spans {
+            return Ok(());
+        }
+        let seq = spans.first().map_or(SeqId(0), |span| span.seq);
+        Err(Error::Sequence { seq, what: "is in a step that another overtook: finish one before the next".into() })
+    }
+
+    fn plan(&self, first_layer: usize, layers: usize) -> Result<()> {
+        if self.current.spans.is_empty() {
+            return Ok(());
+        }
+        let params = PlanParams {
+            store: self.memory.store,
+            spans: self.control().spans(),
+            layers: address(&self.layer_plans),
+            span_count: self.current.spans.len() as u32,
+            first_layer: first_layer as u32,
+            layer_count: layers as u32,
+        };
+        // SAFETY: addresses of memory that this owns, the spans just uploaded.
+        unsafe { self.kernels.plan(&self.stream, &params) }.map_err(driver("planning a step"))
+    }
+
+    fn schedule(&self, first_layer: usize, layers: usize) -> Result<()> {
+        if self.current.singles == 0 || !self.fast() {
+            return Ok(());
+        }
+        let params = ScheduleParams {
+            store: self.memory.store,
+            spans: self.control().spans(),
+            singles: self.control().singles(),
+            rows: address(&self.decode.rows),
+            blocks: address(&self.decode.work),
+            single_count: self.current.singles as u32,
+            max_rows: self.decode.max_rows as u32,
+            block_count: self.decode.blocks,
+            first_layer: first_layer as u32,
+            tile_shift: DECODE_TILE_SHIFT,
+        };
+        // SAFETY: as in `plan`.
+        unsafe { self.kernels.schedule(&self.stream, &params, layers as u32) }.map_err(driver("scheduling attention"))
+    }
+
+    /// Prepares a layer for marks of this kind: a ring for its window, and the age at which marked entries give way.
+    fn expect_marks(&mut self, layer: usize, marks: Marks, protect: Protect) -> Result<()> {
+        let age = match marks {
+            Marks::Never => return Ok(()),
+            Marks::Always | Marks::Own => protect.recent.max(1),
+            Marks::Previous => protect.recent.max(2), // the bit of this step is not known when the step is planned
+        };
+        let reachable = (age as usize) < self.max_entries; // else nothing dies before its row is full
+        let plan = self.layers[layer].plan;
+        if !reachable || (plan.reuse_age >= age && plan.sinks == protect.sinks) {
+            return Ok(());
+        }
+        if self.capturing {
+            return Err(Error::Config("marks began within a captured step: run a step before the capture".into()));
+        }
+        let places = self.memory.store.seats as usize * self.spec.kv_heads * age as usize;
+        let ring = self.stream.clone_htod(&vec![u32::MAX; places]).map_err(driver("allocating a ring"))?;
+        let plan = LayerPlan { ring: Ring { slots: address(&ring), size: age }, sinks: protect.sinks, reuse_age: age };
+        self.generation += 1;
+        self.layers[layer].ring = Some(ring);
+        self.layers[layer].plan = plan;
+        self.layers[layer].check_marks = protect.recent < age;
+        let mut place = self.layer_plans.slice_mut(layer..layer + 1);
+        self.stream.memcpy_htod(&[plan], &mut place).map_err(driver("telling the plan of a ring"))
+    }
+
+    /// A layer's heads in the store's type, tokens as far apart as they lie.
+    fn heads(&self, tensor: &Tensor) -> Result<Strided> {
+        let tensor = tensor.to_dtype(self.dtype)?;
+        let d = self.spec.head_dim;
+        let dense = matches!(tensor.stride(), [_, s, 1] if *s == d);
+        let tensor = if dense { tensor } else { tensor.contiguous()? };
+        let stride = tensor.stride()[0] as u32;
+        Ok(Strided { address: tensor_address(&tensor)?, stride, _tensor: tensor })
+    }
+
+    /// Whether the kernels that read 4 bytes at a time can read these heads.
+    fn even(heads: &Strided) -> bool {
+        heads.address.is_multiple_of(16) && heads.stride.is_multiple_of(8)
+    }
+
+    fn attend_decode(&self, layer: usize, q: &Strided, y: &Tensor, lse: u64, protect: Protect) -> Result<()> {
+        let (scratch, spec) = (&self.decode, &self.spec);
+        let params = DecodeParams {
+            store: self.memory.store,
+            q: q.address,
+            y: tensor_address(y)?,
+            lse,
+            rows: address(&scratch.rows) + (layer * scratch.max_rows * size_of::<RowWork>()) as u64,
+            blocks: address(&scratch.work) + (layer * scratch.blocks as usize * size_of::<kernels::BlockWork>()) as u64,
+            parts: address(&scratch.parts),
+            arrived: address(&scratch.arrived),
+            positions: self.control().positions(),
+            q_heads: spec.q_heads as u32,
+            q_stride: q.stride,
+            group: spec.group() as u32,
+            row_count: (self.current.singles * spec.kv_heads) as u32,
+            scale: std::f32::consts::LOG2_E / (spec.head_dim as f32).sqrt(),
+            protect: device_protect(protect),
+            check_marks: self.layers[layer].check_marks as u32,
+        };
+        // SAFETY: the schedule covers this layer and step; scratch has the sizes it asks for; `y` is as large as `q`.
+        unsafe { self.kernels.decode(&self.stream, self.element(), scratch.blocks, &params) }
+            .map_err(driver("decode attention"))
+    }
+
+    /// `single`: 1 for the spans of one token, 0 for the longer ones, 2 for all.
+    fn attend_plain(
+        &self,
+        layer: usize,
+        q: &Strided,
+        y: &Tensor,
+        lse: u64,
+        protect: Protect,
+        single: u32,
+    ) -> Result<()> {
+        let spec = &self.spec;
+        let params = PlainParams {
+            store: self.memory.store,
+            q: q.address,
+            y: tensor_address(y)?,
+            lse,
+            spans: self.control().spans(),
+            span_of: self.control().span_of(),
+            positions: self.control().positions(),
+            layer: layer as u32,
+            q_heads: spec.q_heads as u32,
+            q_stride: q.stride,
+            group: spec.group() as u32,
+            scale: 1.0 / (spec.head_dim as f32).sqrt(),
+            protect: device_protect(protect),
+            single,
+        };
+        // SAFETY: the step's spans and positions are on the device; `y` is as large as `q`.
+        unsafe { self.kernels.plain(&self.stream, self.element(), self.current.tokens as u32, &params) }
+            .map_err(driver("plain attention"))
+    }
+
+    fn tile_tokens(&self) -> usize {
+        16
+    }
+
+    fn attend_prefill(&self, layer: usize, q: &Strided, y: &Tensor, lse: u64, protect: Protect) -> Result<()> {
+        self.attend_plain(layer, q, y, lse, protect, 0)
+    }
+
+    fn add_mass(&self, _: usize, _: &[Span], _: &Strided, _: u64, _: Protect, _: f32) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes over failures that have arrived.
+    fn learn_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)> {
+        let mut told = vec![];
+        for span in spans {
+            let Some(seat) = self.seats.get_mut(&span.seq) else { continue };
+            let word = self.readback.failed[seat.index as usize];
+            if word != 0 && !seat.dropped {
+                seat.dropped = true;
+                let (layer, position) = ((word >> 32) as usize & 0x7fff_ffff, word as u32);
+                told.push((
+                    span.seq,
+                    Error::PoolExhausted { seq: span.seq, layer, position, limit: self.memory.limit },
+                ));
+            }
+        }
+        told
+    }
+}
+
+fn device_protect(protect: Protect) -> kernels::Protect {
+    kernels::Protect { sinks: protect.sinks, recent: protect.recent }
+}
+
+fn check(spec: &ModelSpec, config: &CudaConfig) -> Result<()> {
+    let refuse = |what: String| Err(Error::Config(what));
+    let CudaConfig { page_size, max_sequences, max_entries, dtype, .. } = *config;
+    if ![16, 32, 64, 128].contains(&page_size) {
+        return refuse(format!("page_size={page_size} is not accepted on CUDA: 16, 32, 64 or 128 entries"));
+    }
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return refuse(format!("kv dtype {dtype:?} is not supported: f32, f16 or bf16"));
+    }
+    if !(1..=2048).contains(&max_sequences) {
+        return refuse(format!("max_sequences={max_sequences} is not accepted: 1..=2048"));
+    }
+    if !(1..=1 << 24).contains(&max_entries) {
+        return refuse(format!("max_entries={max_entries} is not accepted: 1..=16777216"));
+    }
+    if let Some(fault) = spec.faults().into_iter().next() {
+        return refuse(fault);
+    }
+    if spec.group() > 64 || spec.head_dim > 1024 {
+        return refuse(format!(
+            "{} query heads a KV head of {} components are not supported on CUDA: 64 and 1024 at most",
+            spec.group(),
+            spec.head_dim
+        ));
+    }
+    Ok(())
+}
+
+impl Storage for Cuda {
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn prepare(&mut self, spec: &ModelSpec, needs: &[Needs]) -> Vec<String> {
+        let mut why = vec![];
+        let shape = |s: &ModelSpec| (s.layers, s.q_heads, s.kv_heads, s.head_dim, s.rope.clone());
+        if shape(spec) != shape(&self.spec) {
+            why.push("the store was made for a model of another shape".into());
+        }
+        if needs.iter().any(|n| n.query_moments.is_some()) && spec.rope.is_none() {
+            why.push("query moments need the model's RoPE to undo it".into());
+        }
+        self.layers.iter_mut().zip(needs).for_each(|(layer, needs)| layer.needs = needs.clone());
+        why
+    }
+
+    fn begin(&mut self, spans: &[Span]) -> Result<Tensor> {
+        let tokens = spans.iter().map(|span| span.len).sum();
+        let seats: Vec<u32> = spans.iter().map(|span| self.sit(span.seq)).collect::<Result<_>>()?;
+        let large = !self.control[0].fits(spans.len(), tokens);
+        if large && !self.control[1].fits(spans.len(), tokens) {
+            let room = tokens.next_power_of_two();
+            self.control[1] = Control::new(&self.device, self.memory.store.seats as usize, room)?;
+            self.lse[1] = scratch(&self.stream, room * self.spec.q_heads)?;
+        }
+        let singles = spans.iter().filter(|span| span.len == 1).count();
+        self.current = Current { spans: spans.to_vec(), tokens, singles, by_layer: singles < spans.len(), large };
+        let words = self.control().words(spans, &seats, self.tile_tokens());
+        let to = self.control().spans();
+        self.staging.upload(&words, to)?;
+        for span in spans {
+            let Some(seat) = self.seats.get_mut(&span.seq) else { continue };
+            let most = span.seen() as u32;
+            seat.bounds.iter_mut().for_each(|bound| *bound = bound.saturating_add(span.len as u32).min(most));
+        }
+        if !self.current.by_layer {
+            self.plan(0, self.spec.layers)?;
+            self.schedule(0, self.spec.layers)?;
+        }
+        self.control().positions_tensor(tokens)
+    }
+
+    fn append(
+        &mut self,
+        layer: usize,
+        spans: &[Span],
+        new: &NewTokens,
+        verdict: &Verdict,
+        protect: Protect,
+    ) -> Result<()> {
+        self.check_current(spans)?;
+        if spans.is_empty() {
+            return Ok(());
+        }
+        let (marks, bits) = match &verdict.evict {
+            Evict::Never => (Marks::Never, None),
+            Evict::Always => (Marks::Always, None),
+            Evict::Bits { bits, lag: Lag::Own } => (Marks::Own, Some(bits)),
+            Evict::Bits { bits, lag: Lag::Previous } => (Marks::Previous, Some(bits)),
+        };
+        let bits = bits.map(|bits| bits.to_dtype(DType::U8)?.contiguous()).transpose()?;
+        let scores = verdict.score.as_ref().map(|score| score.to_dtype(DType::F32)?.contiguous()).transpose()?;
+        self.expect_marks(layer, marks, protect)?;
+        if self.current.by_layer {
+            self.plan(layer, 1)?;
+        }
+        let (k, v) = (self.heads(&new.k)?, self.heads(&new.v)?);
+        let params = AppendParams {
+            store: self.memory.store,
+            ring: self.ring(layer),
+            k: k.address,
+            v: v.address,
+            bits: bits.as_ref().map_or(Ok(0), tensor_address)?,
+            scores: scores.as_ref().map_or(Ok(0), tensor_address)?,
+            spans: self.control().spans(),
+            span_of: self.control().span_of(),
+            k_stride: k.stride,
+            v_stride: v.stride,
+            tokens: self.current.tokens as u32,
+            layer: layer as u32,
+            marks,
+        };
+        // SAFETY: shapes were checked by the cache, the plan has made room, and the tensors outlive the enqueueing.
+        unsafe { self.kernels.append(&self.stream, self.element(), &params) }.map_err(driver("append"))?;
+        if self.current.by_layer {
+            self.schedule(layer, 1)?;
+        }
+        Ok(())
+    }
+
+    fn observe(&mut self, layer: usize, spans: &[Span], q: &Tensor) -> Result<()> {
+        self.observe_queries(layer, spans, q)
+    }
+
+    fn expire(&mut self, layer: usize, spans: &[Span], protect: Protect) -> Result<()> {
+        self.settle(layer, spans, None, &[], protect)
+    }
+
+    fn trim(
+        &mut self,
+        layer: usize,
+        spans: &[Span],
+        score: &Score,
+        budgets: &[Budget],
+        protect: Protect,
+    ) -> Result<()> {
+        let dense = match score {
+            Score::Carried => None,
+            Score::Dense(scores) => Some(scores),
+        };
+        self.settle(layer, spans, dense, budgets, protect)?;
+        let longest = budgets.iter().map(|budget| longest_after(budget, protect)).max();
+        self.layers[layer].trimmed = self.layers[layer].trimmed.max(longest.filter(|&n| n < u32::MAX));
+        for (span, budget) in spans.iter().zip(budgets) {
+            if let Some(seat) = self.seats.get_mut(&span.seq) {
+                seat.bounds[layer] = seat.bounds[layer].min(longest_after(budget, protect));
+            }
+        }
+        Ok(())
+    }
+
+    fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>> {
+        Ok(Box::new(held::Gathered::new(self, layer, spans)))
+    }
+
+    fn release(&mut self, seq: SeqId) {
+        let Some(seat) = self.seats.remove(&seq) else { return };
+        // SAFETY: the store's own addresses. A launch that fails says so at the next call that can return an error.
+        let launched = unsafe { self.kernels.release(&self.stream, self.memory.store, seat.index) };
+        if launched.is_ok() {
+            self.readback.failed[seat.index as usize] = 0;
+            self.free_seats.push(seat.index);
+        }
+    }
+
+    fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)> {
+        // After a prefill the host waits for the logits anyway; a decode step is not waited for.
+        let waited = if self.current.by_layer {
+            self.readback.wait(&self.memory)
+        } else {
+            let polled = self.readback.poll().map(|_| ());
+            polled.and_then(|()| self.readback.request(&self.memory))
+        };
+        match waited {
+            Ok(()) => self.learn_failures(spans),
+            Err(_) => vec![], // the device is lost; the next launch returns the error
+        }
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        self.readback.wait(&self.memory)
+    }
+
+    fn usage(&self) -> Usage {
+        let (counters, store) = (self.readback.counters, &self.memory.store);
+        let bytes = |pages: u32| pages as u64 * self.memory.page_bytes;
+        let kv = 2 * self.spec.head_dim * self.dtype.size_in_bytes();
+        Usage {
+            live_entries: counters.live,
+            pages_in_use: (store.pages - counters.free) as u64,
+            bytes_in_use: bytes(store.pages - counters.free),
+            bytes_peak: bytes(store.pages - counters.least_free),
+            bytes_reserved: bytes(store.pages),
+            bytes_limit: Some(self.memory.limit),
+            written: counters.written,
+            evicted: counters.evicted,
+            dense_bytes_per_token: (self.spec.layers * self.spec.kv_heads * kv) as u64,
+        }
+    }
+
+    fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
+        let Some(seat) = self.seat_of(seq) else { return vec![0; self.spec.kv_heads] };
+        let row = |head| self.memory.store.row_index(layer, seat, head);
+        (0..self.spec.kv_heads).map(|head| self.memory.row_len(&self.stream, row(head)).unwrap_or(0)).collect()
+    }
+
+    fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32> {
+        let Some(seat) = self.seat_of(seq) else { return vec![] };
+        let row = self.memory.store.row_index(layer, seat, kv_head);
+        let mut positions = self.memory.row_positions(&self.stream, row).unwrap_or_default();
+        positions.sort_unstable();
+        positions
+    }
+}
+
+impl Attention for Cuda {
+    fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor> {
+        self.check_current(spans)?;
+        let y = output(q.dims(), self.dtype, &self.device)?;
+        if spans.is_empty() {
+            return Ok(y.to_dtype(q.dtype())?);
+        }
+        let heads = self.heads(q)?;
+        let lse = match tap {
+            Tap::None => 0,
+            Tap::Mass { .. } => address(&self.lse[self.current.large as usize]),
+        };
+        let (singles, longer) = (self.current.singles > 0, self.current.singles < spans.len());
+        if self.fast() && Self::even(&heads) {
+            if singles {
+                self.attend_decode(layer, &heads, &y, lse, protect)?;
+            }
+            if longer {
+                self.attend_prefill(layer, &heads, &y, lse, protect)?;
+            }
+        } else {
+            self.attend_plain(layer, &heads, &y, lse, protect, 2)?;
+        }
+        if let Tap::Mass { decay } = tap {
+            self.add_mass(layer, spans, &heads, lse, protect, decay)?;
+        }
+        Ok(y.to_dtype(q.dtype())?)
+    }
+}
+
+/// A recorded step.
+struct Graph {
+    graph: CudaGraph,
+    /// What its trims asked for, by layer.
+    asked: Vec<[Vec<u32>; 2]>,
+    /// The rings it knows.
+    generation: u64,
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Graph {{ generation: {} }}", self.generation)
+    }
+}
+
+// SAFETY: a graph is launched through its stream; the driver's handles may be used from any thread.
+unsafe impl Send for Graph {}
+
+impl Recording for Graph {
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}
+
+impl Capture for Cuda {
+    fn begin_capture(&mut self) -> Result<()> {
+        *self.unrepeatable.borrow_mut() = None;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(driver("beginning a capture; take the device from `cuda_device`"))?;
+        self.capturing = true;
+        Ok(())
+    }
+
+    fn end_capture(&mut self) -> Result<Box<dyn Recording>> {
+        self.capturing = false;
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = self.stream.end_capture(flags).map_err(driver("ending a capture"))?;
+        if let Some(what) = self.unrepeatable.borrow_mut().take() {
+            return Err(Error::Config(format!("this step cannot be replayed: {what}")));
+        }
+        let graph = graph.ok_or_else(|| Error::Config("the captured step did nothing".into()))?;
+        Ok(Box::new(Graph { graph, asked: self.asked(), generation: self.generation }))
+    }
+
+    fn replay(&mut self, recording: &dyn Recording) -> Result<()> {
+        let graph = recording.as_any().downcast_ref::<Graph>();
+        let graph = graph.ok_or_else(|| Error::Config(format!("{recording:?} was not recorded by this backend")))?;
+        if graph.generation != self.generation {
+            return Err(Error::Config("marks began after the step was recorded: record it again".into()));
+        }
+        self.ask_again(&graph.asked)?;
+        graph.graph.launch().map_err(driver("launching a graph"))
+    }
+}
