@@ -115,22 +115,25 @@ template <typename T, int W> __device__ void gather(const GatherParams &p) {
     auto *plane = (const Piece<T, W> *)p.plane;
     auto *out = (Piece<float, W> *)p.out + (size_t)listed * all;
     const uint32_t first = blockIdx.x * blockDim.x * BATCH + threadIdx.x;
+    uint32_t slot[BATCH];
+    size_t entry[BATCH]; // any where there is none: it is read and not used
     Piece<T, W> held[BATCH];
-    bool empty[BATCH];
+#pragma unroll
+    for (uint32_t j = 0; j < BATCH; j++) slot[j] = order[min(first + j * blockDim.x, all - 1) / pieces];
 #pragma unroll
     for (uint32_t j = 0; j < BATCH; j++) {
-        uint32_t i = first + j * blockDim.x, place = i / pieces;
-        uint32_t slot = i < all ? order[place] : NONE;
-        empty[j] = slot == NONE;
-        if (!empty[j]) held[j] = plane[rows.store.entry(row, slot) * pieces + (i - place * pieces)];
+        entry[j] = rows.store.entry(row, slot[j] == NONE ? 0 : slot[j]);
+        if (slot[j] == NONE) entry[j] = 0;
     }
+#pragma unroll
+    for (uint32_t j = 0; j < BATCH; j++) held[j] = plane[entry[j] * pieces + (first + j * blockDim.x) % pieces];
 #pragma unroll
     for (uint32_t j = 0; j < BATCH; j++) {
         uint32_t i = first + j * blockDim.x;
         if (i >= all) return;
         Piece<float, W> wide;
 #pragma unroll
-        for (int e = 0; e < W; e++) wide.x[e] = empty[j] ? 0.0f : to_float(held[j].x[e]);
+        for (int e = 0; e < W; e++) wide.x[e] = slot[j] == NONE ? 0.0f : to_float(held[j].x[e]);
         out[i] = wide;
     }
 }

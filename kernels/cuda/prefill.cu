@@ -45,11 +45,12 @@ template <int DIM> struct Lines {
     }
 };
 
-// What is compiled in. Each warp has BLOCKS times 16 of the tile's rows.
-template <typename T_, int DIM_, int WARPS_, int BLOCKS_, int KEYS_> struct Shape {
+// What is compiled in. Each warp has BLOCKS times 16 of the tile's rows; with HOLD it keeps its queries in registers.
+template <typename T_, int DIM_, int WARPS_, int BLOCKS_, int KEYS_, bool HOLD_> struct Shape {
     using T = T_;
     using L = Lines<DIM_>;
     static constexpr int DIM = DIM_, WARPS = WARPS_, BLOCKS = BLOCKS_, KEYS = KEYS_;
+    static constexpr bool HOLD = HOLD_;
     static constexpr int THREADS = WARPS * 32, ROWS = WARPS * BLOCKS * 16, CHUNKS = DIM / 8, PAGES = KEYS / 16;
     // Shared memory. Keys, values, tags and page ids have two stages.
     static constexpr uint32_t STAGE = KEYS * L::BYTES;
@@ -170,10 +171,26 @@ template <class S> struct Rows {
     }
 };
 
+// A warp's queries; `address` is this lane's.
+template <class S> struct Queries {
+    uint32_t address, held[S::HOLD ? S::DIM / 16 : 1][S::BLOCKS][4];
+
+    __device__ void load(uint32_t (&to)[S::BLOCKS][4], int step) const {
+#pragma unroll
+        for (int m = 0; m < S::BLOCKS; m++) {
+            load_matrices(to[m], S::L::step(address, 2 * step) + m * 16 * S::L::BYTES);
+        }
+    }
+    __device__ void hold() {
+#pragma unroll
+        for (int i = 0; i < (S::HOLD ? S::DIM / 16 : 0); i++) load(held[i], i);
+    }
+};
+
 template <class S> using Scores = float[S::BLOCKS][S::KEYS / 8][4];
 
-// Scores of a tile, not scaled; q and k are this lane's addresses.
-template <class S> __device__ inline void score(Scores<S> &s, uint32_t q, uint32_t k) {
+// Scores of a tile, not scaled; k is this lane's address.
+template <class S> __device__ inline void score(Scores<S> &s, const Queries<S> &q, uint32_t k) {
 #pragma unroll
     for (int m = 0; m < S::BLOCKS; m++) {
 #pragma unroll
@@ -181,9 +198,9 @@ template <class S> __device__ inline void score(Scores<S> &s, uint32_t q, uint32
     }
 #pragma unroll
     for (int i = 0; i < S::DIM / 16; i++) {
-        uint32_t a[S::BLOCKS][4];
-#pragma unroll
-        for (int m = 0; m < S::BLOCKS; m++) load_matrices(a[m], S::L::step(q, 2 * i) + m * 16 * S::L::BYTES);
+        uint32_t loaded[S::BLOCKS][4];
+        if (!S::HOLD) q.load(loaded, i);
+        const auto &a = S::HOLD ? q.held[S::HOLD ? i : 0] : loaded;
 #pragma unroll
         for (int n = 0; n < S::KEYS / 16; n++) {
             uint32_t b[4];
@@ -352,12 +369,17 @@ template <class S> __device__ inline void prefill(const PrefillParams &p) {
     copy_commit();
 
     // This lane's part of the addresses that matrices are loaded from.
-    const uint32_t q = shared + S::L::at(warp_row + lane % 16, lane / 16);
+    Queries<S> q{shared + S::L::at(warp_row + lane % 16, lane / 16)};
     const uint32_t k = shared + S::K + S::L::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const uint32_t v = shared + S::V + S::L::at(lane % 16, lane / 16);
     const float scale = p.scale * LOG2E;
     Rows<S> rows;
     rows.clear();
+    if (S::HOLD) {
+        copy_wait<0>();
+        __syncthreads();
+        q.hold();
+    }
     for (uint32_t stage = 0; tile != NONE; stage ^= 1) {
         copy_wait<0>();
         __syncthreads(); // the tile and the next one's page ids are there, and nobody reads the other stage any more
@@ -404,15 +426,15 @@ extern "C" __global__ void __launch_bounds__(128) prefill_sights_64(const Prefil
 extern "C" __global__ void __launch_bounds__(128) prefill_sights_32(const PrefillParams p) { sights<32>(p); }
 
 // RESIDENT thread blocks share a multiprocessor; the launcher gives each SHARED bytes.
-#define PREFILL(name, T, DIM, WARPS, BLOCKS, KEYS, RESIDENT, SHARED)                                                    \
-    static_assert(Shape<T, DIM, WARPS, BLOCKS, KEYS>::BYTES == SHARED, "as the launcher has it");                       \
+#define PREFILL(name, T, DIM, WARPS, BLOCKS, KEYS, HOLD, RESIDENT, SHARED)                                              \
+    static_assert(Shape<T, DIM, WARPS, BLOCKS, KEYS, HOLD>::BYTES == SHARED, "as the launcher has it");                 \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) name##_##DIM(const PrefillParams p) {            \
-        prefill<Shape<T, DIM, WARPS, BLOCKS, KEYS>>(p);                                                                 \
+        prefill<Shape<T, DIM, WARPS, BLOCKS, KEYS, HOLD>>(p);                                                           \
     }
 #define PREFILLS(...) PREFILL(prefill_f16, __half, __VA_ARGS__) PREFILL(prefill_bf16, __nv_bfloat16, __VA_ARGS__)
 
-PREFILLS(64, 4, 2, 64, 2, 49824)
-PREFILLS(80, 4, 2, 64, 2, 68256)
-PREFILLS(96, 4, 2, 64, 2, 80544)
-PREFILLS(128, 4, 2, 64, 2, 98976)
-PREFILLS(256, 4, 1, 32, 2, 98640)
+PREFILLS(64, 4, 2, 64, false, 3, 49824)
+PREFILLS(80, 4, 2, 64, false, 2, 68256)
+PREFILLS(96, 4, 2, 64, false, 2, 80544)
+PREFILLS(128, 4, 2, 64, false, 2, 98976)
+PREFILLS(256, 4, 1, 32, false, 2, 98640)

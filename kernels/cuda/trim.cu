@@ -1,8 +1,8 @@
 // Dropping entries: which ones go, packing what stays, giving pages back.
 //
-// Every entry has a rank: DEAD if it is marked and no longer protected, SAFE if it is protected, in between by score and
-// then by position. What ranks below its row's cut goes. Each pass over a row ranks its entries anew from tag and score:
-// they lie in L1 for a row of the usual length, in L2 for a long one.
+// Every entry has a rank: DEAD if it is marked and no longer protected, SAFE if it is protected, in between by score
+// and then by position. What ranks below its row's cut goes. Each pass over a row ranks its entries anew from tag and
+// score: they lie in L1 for a row of the usual length, in L2 for a long one.
 //
 // Dropped entries below the new length are holes, kept ones above it are movers; the k-th hole takes the k-th mover. So
 // few entries move, and where they go depends on no timing.
@@ -171,8 +171,8 @@ struct Rows {
         for (uint32_t i = 0; i < BATCH; i++) out[i] = slot + 32 * i < r.len ? rank(tag[i], score[i]) : SAFE;
     }
 
-    // f(row, slot, rank) for every entry and for some slots past the end of each row, which are SAFE. The lanes of a warp
-    // have consecutive slots of one row.
+    // f(row, slot, rank) for every entry and for some slots past the end of each row, which are SAFE. The lanes of a
+    // warp have consecutive slots of one row.
     template <typename F> __device__ void each(F f) const {
         uint32_t i = first;
         for (uint32_t chunk = begin(first) + warp(); chunk < row[last - 1].end; chunk += warps()) {
@@ -368,22 +368,19 @@ template <typename V>
 __device__ void copy_vectors(const TrimParams &p, size_t from, size_t to, uint32_t moves) {
     V *k = (V *)p.store.k, *v = (V *)p.store.v;
     const uint32_t pieces = p.vector_bytes / sizeof(V), all = moves * 2 * pieces;
-    for (uint32_t first = lane(); first - lane() < all; first += 32 * BATCH) {
-        V held[BATCH];
-        V *target[BATCH];
+    for (uint32_t first = 0; first < all; first += 32 * BATCH) {
+        V held[BATCH], *target[BATCH];
 #pragma unroll
         for (uint32_t j = 0; j < BATCH; j++) {
-            uint32_t i = first + 32 * j, move = i / (2 * pieces), piece = i - move * 2 * pieces;
-            size_t source = __shfl_sync(WARP, from, move) * pieces;
-            size_t sink = __shfl_sync(WARP, to, move) * pieces;
-            bool of_value = piece >= pieces;
-            V *plane = (of_value ? v : k) + (of_value ? piece - pieces : piece);
-            target[j] = plane + sink;
-            if (i < all) held[j] = plane[source];
+            uint32_t i = first + 32 * j + lane(), move = i / (2 * pieces), piece = i - move * 2 * pieces;
+            V *plane = piece < pieces ? k + piece : v + (piece - pieces);
+            size_t source = __shfl_sync(WARP, from, move), sink = __shfl_sync(WARP, to, move);
+            target[j] = i < all ? plane + sink * pieces : nullptr;
+            if (i < all) held[j] = plane[source * pieces];
         }
 #pragma unroll
         for (uint32_t j = 0; j < BATCH; j++) {
-            if (first + 32 * j < all) *target[j] = held[j];
+            if (target[j]) *target[j] = held[j];
         }
     }
 }

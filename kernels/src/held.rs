@@ -21,8 +21,8 @@ pub struct ListedRows {
     pub spans: Address,
     /// u32 `[listed]`: indices of the spans to show.
     pub list: Address,
-    /// u32 `[listed, heads, max_len]`: slots, oldest entry first, then [`u32::MAX`]. Made by [`Kernels::order`], read by
-    /// the others.
+    /// u32 `[listed, heads, max_len]`: slots, oldest entry first, then [`u32::MAX`]. Made by [`Kernels::order`], read
+    /// by the others.
     pub order: Address,
     /// The layer.
     pub layer: u32,

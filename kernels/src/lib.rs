@@ -8,9 +8,11 @@
 mod append;
 mod attend;
 mod held;
+mod mass;
 mod module;
 mod observe;
 mod plan;
+mod prefill;
 mod store;
 mod trim;
 
@@ -19,8 +21,10 @@ pub use attend::{
     DECODE_TILE_SHIFT, DecodeParams, FAST_HEAD_DIMS, PlainParams, decode_blocks_per_multiprocessor, decode_scratch,
 };
 pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, ScatterParams};
+pub use mass::{MASS_TILE, MassParams};
 pub use module::{Dtype, Kernels};
 pub use observe::ObserveParams;
 pub use plan::{BlockWork, LayerPlan, PlanParams, RowWork, ScheduleParams};
+pub use prefill::{PrefillParams, PrefillShape};
 pub use store::{Address, Counters, Protect, Ring, Span, Store};
 pub use trim::{PooledBudget, TrimParams, UNLIMITED};

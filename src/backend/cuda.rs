@@ -23,8 +23,8 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DriverError, sys};
 use kvpolicy_kernels::{
-    self as kernels, AppendParams, DECODE_TILE_SHIFT, DecodeParams, Dtype, FAST_HEAD_DIMS, Kernels, LayerPlan, Marks,
-    PlainParams, PlanParams, Ring, RowWork, ScheduleParams,
+    self as kernels, AppendParams, DECODE_TILE_SHIFT, DecodeParams, Dtype, FAST_HEAD_DIMS, Kernels, LayerPlan,
+    MASS_TILE, Marks, MassParams, PlainParams, PlanParams, PrefillParams, PrefillShape, Ring, RowWork, ScheduleParams,
 };
 use memory::{Control, Layout, Memory, Readback, Staging, address, output, scratch, tensor_address, zeros};
 use std::{collections::HashMap, sync::Arc};
@@ -107,6 +107,8 @@ struct Current {
     spans: Vec<Span>,
     tokens: usize,
     singles: usize,
+    /// Tiles of the spans of more than one token.
+    tiles: usize,
     /// Whether each layer plans for itself.
     by_layer: bool,
     large: bool,
@@ -423,16 +425,64 @@ impl Cuda {
             .map_err(driver("plain attention"))
     }
 
-    fn tile_tokens(&self) -> usize {
-        16
+    /// The shape of prefill attention, where tensor cores take this model.
+    fn prefill_shape(&self) -> Option<PrefillShape> {
+        PrefillShape::of(self.spec.head_dim as u32).filter(|_| self.fast())
     }
 
     fn attend_prefill(&self, layer: usize, q: &Strided, y: &Tensor, lse: u64, protect: Protect) -> Result<()> {
-        self.attend_plain(layer, q, y, lse, protect, 0)
+        let (spec, current) = (&self.spec, &self.current);
+        let Some(shape) = self.prefill_shape() else { return Ok(()) };
+        let (spans, longest) = (current.spans.len() as u32, self.bound(layer, &current.spans).max(1) as u32);
+        let scratch = shape.scratch(spans, spec.kv_heads as u32, longest).div_ceil(4);
+        let sights = output(&[scratch], DType::U32, &self.device)?;
+        let params = PrefillParams {
+            store: self.memory.store,
+            q: q.address,
+            y: tensor_address(y)?,
+            lse,
+            spans: self.control().spans(),
+            tiles: self.control().tiles(),
+            sights: tensor_address(&sights)?,
+            layer: layer as u32,
+            q_heads: spec.q_heads as u32,
+            q_stride: q.stride,
+            tile_count: current.tiles as u32,
+            span_count: spans,
+            max_tiles: shape.max_tiles(longest),
+            scale: 1.0 / (spec.head_dim as f32).sqrt(),
+            protect: device_protect(protect),
+        };
+        // SAFETY: the step's spans and tiles are on the device; no row is longer than its bound; `y` is as large as `q`.
+        unsafe { self.kernels.prefill(&self.stream, self.element(), &params) }.map_err(driver("prefill attention"))
     }
 
-    fn add_mass(&self, _: usize, _: &[Span], _: &Strided, _: u64, _: Protect, _: f32) -> Result<()> {
-        Ok(())
+    fn add_mass(
+        &self,
+        layer: usize,
+        spans: &[Span],
+        q: &Strided,
+        lse: u64,
+        protect: Protect,
+        decay: f32,
+    ) -> Result<()> {
+        let longest = self.bound(layer, spans).max(1) as u32;
+        let params = MassParams {
+            store: self.memory.store,
+            q: q.address,
+            lse,
+            spans: self.control().spans(),
+            layer: layer as u32,
+            q_heads: self.spec.q_heads as u32,
+            q_stride: q.stride,
+            span_count: spans.len() as u32,
+            max_tiles: longest.div_ceil(MASS_TILE),
+            scale: 1.0 / (self.spec.head_dim as f32).sqrt(),
+            decay,
+            protect: device_protect(protect),
+        };
+        // SAFETY: attention has written `lse`; no row is longer than its bound.
+        unsafe { self.kernels.mass(&self.stream, self.element(), &params) }.map_err(driver("attention mass"))
     }
 
     /// Takes over failures that have arrived.
@@ -506,7 +556,17 @@ impl Storage for Cuda {
 
     fn begin(&mut self, spans: &[Span]) -> Result<Tensor> {
         let tokens = spans.iter().map(|span| span.len).sum();
-        let seats: Vec<u32> = spans.iter().map(|span| self.sit(span.seq)).collect::<Result<_>>()?;
+        let mut on_device = Vec::with_capacity(spans.len());
+        let mut first = 0;
+        for span in spans {
+            let seat = self.sit(span.seq)?;
+            on_device.push(kernels::Span { seat, start: span.start, len: span.len as u32, first });
+            first += span.len as u32;
+        }
+        let tiles = match self.prefill_shape() {
+            Some(shape) => shape.tiles(&on_device, self.spec.group() as u32),
+            None => vec![],
+        };
         let large = !self.control[0].fits(spans.len(), tokens);
         if large && !self.control[1].fits(spans.len(), tokens) {
             let room = tokens.next_power_of_two();
@@ -514,8 +574,9 @@ impl Storage for Cuda {
             self.lse[1] = scratch(&self.stream, room * self.spec.q_heads)?;
         }
         let singles = spans.iter().filter(|span| span.len == 1).count();
-        self.current = Current { spans: spans.to_vec(), tokens, singles, by_layer: singles < spans.len(), large };
-        let words = self.control().words(spans, &seats, self.tile_tokens());
+        let by_layer = singles < spans.len();
+        self.current = Current { spans: spans.to_vec(), tokens, singles, tiles: tiles.len(), by_layer, large };
+        let words = self.control().words(&on_device, &tiles);
         let to = self.control().spans();
         self.staging.upload(&words, to)?;
         for span in spans {
@@ -727,6 +788,40 @@ impl Recording for Graph {
     }
 }
 
+/// Whether a graph holds a copy whose source is host memory: by the time of a replay something else lies there.
+fn copies_from_host(graph: &CudaGraph) -> std::result::Result<bool, DriverError> {
+    let mut count = 0;
+    // SAFETY: the graph is alive; with no array the driver writes the number of nodes alone.
+    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }.result()?;
+    let mut nodes = vec![std::ptr::null_mut(); count];
+    // SAFETY: the array has room for `count` nodes.
+    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), nodes.as_mut_ptr(), &mut count) }.result()?;
+    for node in nodes {
+        let mut kind = sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
+        // SAFETY: a node of this graph.
+        unsafe { sys::cuGraphNodeGetType(node, &mut kind) }.result()?;
+        if kind == sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY {
+            let mut copy = std::mem::MaybeUninit::<sys::CUDA_MEMCPY3D>::zeroed();
+            // SAFETY: a node of this graph that is a copy; all zeros is a valid value of the structure.
+            let copy = unsafe {
+                sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()).result()?;
+                copy.assume_init()
+            };
+            if copy.srcMemoryType == sys::CUmemorytype::CU_MEMORYTYPE_HOST {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+impl Drop for Cuda {
+    /// Page-locked memory is given back at once, so nothing may still be copying to or from it.
+    fn drop(&mut self) {
+        _ = self.stream.synchronize();
+    }
+}
+
 impl Capture for Cuda {
     fn begin_capture(&mut self) -> Result<()> {
         *self.unrepeatable.borrow_mut() = None;
@@ -744,6 +839,12 @@ impl Capture for Cuda {
             return Err(Error::Config(format!("this step cannot be replayed: {what}")));
         }
         let graph = graph.ok_or_else(|| Error::Config("the captured step did nothing".into()))?;
+        if copies_from_host(&graph).map_err(driver("looking at a graph"))? {
+            return Err(Error::Config(
+                "this step cannot be replayed: it copies from host memory, as candle does for scalars and strided shapes"
+                    .into(),
+            ));
+        }
         Ok(Box::new(Graph { graph, asked: self.asked(), generation: self.generation }))
     }
 

@@ -4,13 +4,12 @@ use super::driver;
 use crate::{
     error::{Error, Result},
     spec::ModelSpec,
-    step::Span,
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use cudarc::driver::{
     CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice, ValidAsZeroBits, result,
 };
-use kvpolicy_kernels::{Address, Counters, Store};
+use kvpolicy_kernels::{self as kernels, Address, Counters, Store};
 use std::sync::Arc;
 
 /// Position, mark and score of an entry.
@@ -179,13 +178,10 @@ pub(super) struct Control {
     most_tokens: usize,
 }
 
-/// Upper bound of the prefill tiles of a step: each holds at least this many tokens or is a span's only one.
-const LEAST_TILE_TOKENS: usize = 1;
-
 impl Control {
     pub(super) fn new(device: &Device, most_spans: usize, most_tokens: usize) -> Result<Self> {
-        let tiles = most_tokens.div_ceil(LEAST_TILE_TOKENS);
-        let tensor = Tensor::zeros(5 * most_spans + 2 * most_tokens + 2 * tiles, DType::U32, device)?;
+        let most_tiles = most_tokens; // a tile has a token
+        let tensor = Tensor::zeros(5 * most_spans + 2 * most_tokens + 2 * most_tiles, DType::U32, device)?;
         Ok(Self { base: tensor_address(&tensor)?, tensor, most_spans, most_tokens })
     }
 
@@ -217,31 +213,25 @@ impl Control {
         Ok(self.tensor.narrow(0, 5 * self.most_spans + self.most_tokens, tokens)?)
     }
 
-    /// Everything as one array of words, in the layout above. `seats`: of each span; `tile`: tokens of a prefill tile.
-    pub(super) fn words(&self, spans: &[Span], seats: &[u32], tile: usize) -> Vec<u32> {
+    /// Everything as one array of words, in the layout above.
+    pub(super) fn words(&self, spans: &[kernels::Span], tiles: &[[u32; 2]]) -> Vec<u32> {
         let (s, t) = (self.most_spans, self.most_tokens);
         let mut words = vec![0; 5 * s + 2 * t];
-        let (mut first, mut single) = (0, 0);
-        for (i, (span, &seat)) in spans.iter().zip(seats).enumerate() {
-            words[4 * i..4 * i + 4].copy_from_slice(&[seat, span.start, span.len as u32, first as u32]);
+        let mut single = 0;
+        for (i, span) in spans.iter().enumerate() {
+            words[4 * i..4 * i + 4].copy_from_slice(&[span.seat, span.start, span.len, span.first]);
             if span.len == 1 {
                 words[4 * s + single] = i as u32;
                 single += 1;
             }
-            words[5 * s + first..][..span.len].fill(i as u32);
-            let positions = words[5 * s + t + first..][..span.len].iter_mut();
+            let (first, len) = (span.first as usize, span.len as usize);
+            words[5 * s + first..][..len].fill(i as u32);
+            let positions = words[5 * s + t + first..][..len].iter_mut();
             positions.zip(span.start..).for_each(|(word, position)| *word = position);
-            first += span.len;
         }
-        words.extend(tiles(spans, tile).flat_map(|(span, token)| [span, token]));
+        words.extend(tiles.iter().flatten());
         words
     }
-}
-
-/// Tiles of the spans of more than one token: (span, first token within it).
-pub(super) fn tiles(spans: &[Span], tile: usize) -> impl Iterator<Item = (u32, u32)> {
-    let long = spans.iter().enumerate().filter(|(_, span)| span.len > 1);
-    long.flat_map(move |(i, span)| (0..span.len).step_by(tile.max(1)).map(move |token| (i as u32, token as u32)))
 }
 
 /// Page-locked buffers through which the host writes to the device without waiting for it.
