@@ -6,6 +6,8 @@
 //! kvpolicy_cli::run(registry);
 //! ```
 
+#[cfg(feature = "cuda")]
+mod bench;
 mod compare;
 mod generate;
 mod model;
@@ -32,6 +34,9 @@ enum Command {
     Generate(generate::Args),
     /// Compare policies on a model: quality, memory, speed.
     Compare(compare::Args),
+    /// Measure kernels and whole models of random weights on a GPU.
+    #[cfg(feature = "cuda")]
+    Bench(bench::Args),
 }
 
 /// Runs the program on the process's arguments with the policies of a registry.
@@ -40,6 +45,8 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Policies(args) => policies::run(&args, &registry),
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
+        #[cfg(feature = "cuda")]
+        Command::Bench(args) => bench::run(&args, &registry),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,7 +15,7 @@ struct DecodeParams {
     float *lse;              // [tokens, q_heads]; may be null
     const RowWork *rows;     // of this layer
     const BlockWork *blocks; // of this layer
-    float *parts;            // [group tiles, blocks, 2, ROWS, head_dim + 2]
+    float *parts;            // [group tiles, blocks, 2, PartLayout::FLOATS]
     uint32_t *arrived;       // [group tiles, rows], zero between launches
     const uint32_t *positions; // [tokens]
     uint32_t q_heads, q_stride, group, row_count;
@@ -33,7 +33,7 @@ constexpr float LN2 = 0.69314718055994531f;
 
 template <int D> struct Shape {
     static constexpr int CHUNKS = D / 8; // 16-byte pieces of a key
-    static constexpr int STAGES = D <= 96 ? 4 : D == 128 ? 3 : 2;
+    static constexpr int STAGES = D <= 64 ? 4 : D <= 96 ? 3 : 2;
     static constexpr int STAGE_BYTES = 2 * KEYS * D * 2;
     // Where piece c of key r lies, so that 8 keys' pieces of one column fall into different banks.
     static __device__ int place(int r, int c) {
@@ -62,9 +62,7 @@ struct Walk {
     uint32_t row, tile, left; // tiles left in the run, this one included
 
     __device__ Walk(const DecodeParams &p, const BlockWork &block)
-        : rows(p.rows), row(block.row), tile(block.tile), left(block.tiles) {
-        if (left > 0) work = rows[row];
-    }
+        : rows(p.rows), work(block.work), row(block.row), tile(block.tile), left(block.tiles) {}
     __device__ uint32_t tiles() const { return (max(work.len, 1u) + TILE - 1) / TILE; }
     __device__ bool ends_row() const { return left == 1 || tile + 1 == tiles(); }
     // True if the next tile is of another row.
@@ -212,106 +210,157 @@ __device__ void attend_part(const DecodeParams &p, const RowWork &work, uint32_t
     }
 }
 
-// A row's parts in memory: for each query row its maximum and sum, then its output.
-template <int D> __device__ size_t part_floats(int rows) { return (size_t)rows * (D + 2); }
+// A part in memory: outputs [rows][D + 8] (the padding keeps a warp's writes in different banks), then each row's maximum,
+// then each row's sum.
+template <int D, bool HALF> struct PartLayout {
+    static constexpr int ROWS = HALF ? 8 : 16;
+    static constexpr int STRIDE = D + 8;
+    static constexpr int MAX = ROWS * STRIDE;
+    static constexpr int SUM = MAX + ROWS;
+    static constexpr int FLOATS = SUM + ROWS;
+};
 
-// Writes a warp's part to shared memory: [rows][D + 2].
+// Writes a warp's part to shared memory.
 template <int D, bool HALF> __device__ void store_part(float *to, const Part<D> &part) {
+    using Layout = PartLayout<D, HALF>;
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < (HALF ? 1 : 2); half++) {
         float sum = part.sum[half];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        float *row = to + (half * 8 + lane / 4) * (D + 2);
+        int g = half * 8 + lane / 4;
         if (lane % 4 == 0) {
-            row[0] = part.max[half];
-            row[1] = sum;
+            to[Layout::MAX + g] = part.max[half];
+            to[Layout::SUM + g] = sum;
         }
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            *(float2 *)(row + 2 + n * 8 + lane % 4 * 2) = make_float2(part.y[n][half * 2], part.y[n][half * 2 + 1]);
+            *(float2 *)(to + g * Layout::STRIDE + n * 8 + lane % 4 * 2) =
+                make_float2(part.y[n][half * 2], part.y[n][half * 2 + 1]);
         }
     }
 }
 
-// Parts that other blocks wrote are read past the first-level cache.
-struct FromMemory {
-    static __device__ float read(const float *p) { return __ldcg(p); }
-};
-struct FromShared {
-    static __device__ float read(const float *p) { return *p; }
+// Four components of a merged row.
+struct Merged {
+    float max = -INFINITY, sum = 0.0f;
+    float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
+    __device__ float base() const { return max == -INFINITY ? 0.0f : max; }
+    __device__ void add(float weight, float part_sum, float4 part_y) {
+        sum += weight * part_sum;
+        y.x += weight * part_y.x;
+        y.y += weight * part_y.y;
+        y.z += weight * part_y.z;
+        y.w += weight * part_y.w;
+    }
 };
 
-// One component of the merged parts `part(0), part(1), ..`: maximum, sum and output.
-template <typename From, typename F> __device__ float3 merge(int count, int component, F part) {
-    float top = -INFINITY;
-    for (int i = 0; i < count; i++) top = fmaxf(top, From::read(part(i)));
-    float base = top == -INFINITY ? 0.0f : top, sum = 0.0f, y = 0.0f;
-    for (int i = 0; i < count; i++) {
-        float weight = exp2_fast(From::read(part(i)) - base);
-        sum += weight * From::read(part(i) + 1);
-        y += weight * From::read(part(i) + 2 + component);
+// The warps' parts of a block.
+template <int D, bool HALF> __device__ Merged merge_warps(const float *parts, int g, int component) {
+    using Layout = PartLayout<D, HALF>;
+    Merged merged;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) merged.max = fmaxf(merged.max, parts[w * Layout::FLOATS + Layout::MAX + g]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        const float *part = parts + w * Layout::FLOATS;
+        float weight = exp2_fast(part[Layout::MAX + g] - merged.base());
+        merged.add(weight, part[Layout::SUM + g], *(const float4 *)(part + g * Layout::STRIDE + component));
     }
-    return make_float3(top, sum, y);
+    return merged;
+}
+
+// The blocks' parts of a row. They were written by other multiprocessors: they are read past the first-level cache,
+// several at a time.
+template <int D, bool HALF, typename F> __device__ Merged merge_blocks(int count, int g, int component, F part) {
+    using Layout = PartLayout<D, HALF>;
+    constexpr int BATCH = 8;
+    Merged merged;
+    for (int from = 0; from < count; from += BATCH) {
+        float max[BATCH], sum[BATCH];
+        float4 y[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const float *of = part(min(from + i, count - 1));
+            max[i] = from + i < count ? __ldcg(of + Layout::MAX + g) : -INFINITY;
+            sum[i] = __ldcg(of + Layout::SUM + g);
+            y[i] = __ldcg((const float4 *)(of + g * Layout::STRIDE + component));
+        }
+        Merged next;
+        next.max = merged.max;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) next.max = fmaxf(next.max, max[i]);
+        next.add(exp2_fast(merged.max - next.base()), merged.sum, merged.y);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) next.add(exp2_fast(max[i] - next.base()), sum[i], y[i]);
+        merged = next;
+    }
+    return merged;
+}
+
+// Tells that this block's part is written. True for the block that comes last, which then sees all the others'.
+__device__ inline bool arrive(uint32_t *counter, uint32_t count, uint32_t *last) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t before;
+        asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+        *last = before + 1 == count;
+    }
+    __syncthreads();
+    return *last;
 }
 
 template <typename T, int D>
-__device__ void write_result(const DecodeParams &p, const RowWork &work, int g, int component, float3 merged) {
-    uint32_t in_group = blockIdx.y * 16 + g;
-    if (in_group >= p.group) return;
-    uint32_t head = work.row % p.store.heads * p.group + in_group;
+__device__ void write_result(const DecodeParams &p, const RowWork &work, int g, int component, const Merged &merged) {
+    uint32_t head = work.row % p.store.heads * p.group + blockIdx.y * 16 + g;
     size_t at = (size_t)work.token * p.q_heads + head;
-    ((T *)p.y)[at * D + component] = from_float<T>(merged.y > 0.0f ? merged.z / merged.y : 0.0f);
-    if (component == 0 && p.lse) {
-        p.lse[at] = merged.y > 0.0f ? (merged.x + log2f(merged.y)) * LN2 : INFINITY;
-    }
+    float scale = merged.sum > 0.0f ? 1.0f / merged.sum : 0.0f;
+    uint2 y = make_uint2(pack<T>(merged.y.x * scale, merged.y.y * scale), pack<T>(merged.y.z * scale, merged.y.w * scale));
+    *(uint2 *)((T *)p.y + at * D + component) = y;
+    if (component == 0 && p.lse) p.lse[at] = merged.sum > 0.0f ? (merged.max + log2f(merged.sum)) * LN2 : INFINITY;
 }
 
 // The end of a block's piece of a row.
 template <typename T, int D, bool HALF>
 __device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk &walk, uint32_t first_tile,
                        const Part<D> &part, float *shared, uint32_t *last) {
-    constexpr int ROWS = HALF ? 8 : 16;
-    size_t floats = part_floats<D>(ROWS);
-    store_part<D, HALF>(shared + threadIdx.x / 32 * floats, part);
+    using Layout = PartLayout<D, HALF>;
+    store_part<D, HALF>(shared + threadIdx.x / 32 * Layout::FLOATS, part);
     __syncthreads();
     const RowWork &work = walk.work;
+    int rows = min(p.group - blockIdx.y * 16, (uint32_t)Layout::ROWS);
     uint32_t begin = work.first_tile, end = begin + walk.tiles();
     bool whole = first_tile == 0 && walk.tile + 1 == walk.tiles();
     // The blocks that hold a piece of this row, and where each put it: 0 for the row it began with, 1 for its last.
     uint32_t first = run_of(begin, block.all, block.busy), until = run_of(end - 1, block.all, block.busy) + 1;
     auto piece = [&](uint32_t b) {
         bool began_with_it = run_start(b, block.all, block.busy) >= begin;
-        return p.parts + (((size_t)blockIdx.y * gridDim.x + b) * 2 + (began_with_it ? 0 : 1)) * floats;
+        return p.parts + (((size_t)blockIdx.y * gridDim.x + b) * 2 + (began_with_it ? 0 : 1)) * Layout::FLOATS;
     };
     float *mine = piece(blockIdx.x);
-    for (int i = threadIdx.x; i < ROWS * D; i += WARPS * 32) {
-        int g = i / D, component = i % D;
-        float3 merged = merge<FromShared>(WARPS, component, [&](int w) { return shared + w * floats + g * (D + 2); });
+    for (int i = threadIdx.x; i < rows * (D / 4); i += WARPS * 32) {
+        int g = i / (D / 4), component = i % (D / 4) * 4;
+        Merged merged = merge_warps<D, HALF>(shared, g, component);
         if (whole) {
             write_result<T, D>(p, work, g, component, merged);
         } else {
-            float *row = mine + g * (D + 2);
+            *(float4 *)(mine + g * Layout::STRIDE + component) = merged.y;
             if (component == 0) {
-                row[0] = merged.x;
-                row[1] = merged.y;
+                mine[Layout::MAX + g] = merged.max;
+                mine[Layout::SUM + g] = merged.sum;
             }
-            row[2 + component] = merged.z;
         }
     }
     if (!whole) {
-        __threadfence();
-        __syncthreads();
         uint32_t *arrived = p.arrived + (size_t)blockIdx.y * p.row_count + walk.row;
-        if (threadIdx.x == 0) *last = atomicAdd(arrived, 1) + 1 == until - first;
-        __syncthreads();
-        if (*last) {
-            __threadfence();
-            for (int i = threadIdx.x; i < ROWS * D; i += WARPS * 32) {
-                int g = i / D, component = i % D;
-                auto of_block = [&](int b) { return piece(first + b) + g * (D + 2); };
-                write_result<T, D>(p, work, g, component, merge<FromMemory>(until - first, component, of_block));
+        if (arrive(arrived, until - first, last)) {
+            for (int i = threadIdx.x; i < rows * (D / 4); i += WARPS * 32) {
+                int g = i / (D / 4), component = i % (D / 4) * 4;
+                auto part_of = [&](int i) { return piece(first + i); };
+                write_result<T, D>(p, work, g, component,
+                                   merge_blocks<D, HALF>(until - first, g, component, part_of));
             }
             if (threadIdx.x == 0) *arrived = 0;
         }
@@ -337,13 +386,12 @@ template <typename T, int D, bool HALF> __device__ void decode(const DecodeParam
     uint32_t first_tile = walk.tile;
     for (int stage = 0; walk.left > 0; stage = stage + 1 == STAGES ? 0 : stage + 1) {
         copy_wait<STAGES - 2>();
-        __syncwarp();
+        __syncwarp(); // every lane has its copies, and has read the stage that the loader fills next
+        loader.issue();
         uint32_t key = walk.tile * TILE + threadIdx.x / 32 * KEYS;
         if (key < walk.work.len) {
             attend_part<T, D, HALF>(p, walk.work, key, stages + stage * Shape<D>::STAGE_BYTES, q, part);
         }
-        __syncwarp(); // every lane has read the stage that the loader fills next
-        loader.issue();
         if (walk.ends_row()) {
             finish<T, D, HALF>(p, block, walk, first_tile, part, shared, &last);
             part.clear();

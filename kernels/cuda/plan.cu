@@ -234,7 +234,8 @@ struct ScheduleParams {
     BlockWork *blocks;       // [layers, block_count]
     uint32_t single_count, max_rows, block_count;
     uint32_t first_layer;
-    uint32_t tile_shift; // log2 of the entries of a tile
+    uint32_t tile_shift;  // log2 of the entries of a tile
+    uint32_t least_tiles; // of a block that has any: fewer cost more to merge than they save
 };
 
 // One block a layer: cuts the tiles of its rows into equal runs, one for each block of the attention kernel.
@@ -282,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) schedule(const SchedulePar
     uint32_t all = carried;
     BlockWork *blocks = p.blocks + (size_t)layer * p.block_count;
     // Every block that has work has a tile at least, so that the blocks of a row are consecutive.
-    uint32_t busy = min(p.block_count, all);
+    uint32_t busy = min(p.block_count, (all + p.least_tiles - 1) / p.least_tiles);
     for (uint32_t b = threadIdx.x; b < p.block_count; b += THREADS) {
         if (b >= busy) {
             blocks[b] = BlockWork{};
@@ -295,6 +296,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) schedule(const SchedulePar
             if (out[middle].first_tile <= first) low = middle;
             else high = middle;
         }
-        blocks[b] = BlockWork{low, first - out[low].first_tile, tiles, all, busy};
+        blocks[b] = BlockWork{low, first - out[low].first_tile, tiles, all, busy, out[low]};
     }
 }

@@ -14,6 +14,7 @@ struct RowWork {
 // have any.
 struct BlockWork {
     uint32_t row, tile, tiles, all, busy;
+    RowWork work; // of that row
 };
 
 // The first tile of a block's run, all rows laid end to end.

@@ -11,6 +11,8 @@ const WARPS: u32 = 4;
 const KEYS: u32 = 16;
 /// log2 of the entries of a decode tile.
 pub const DECODE_TILE_SHIFT: u32 = 6;
+/// Tiles of a decode block that has any: a good number on an H100.
+pub const DECODE_LEAST_TILES: u32 = 2;
 /// Head sizes of the tensor core kernels.
 pub const FAST_HEAD_DIMS: [u32; 5] = [64, 80, 96, 128, 256];
 
@@ -95,17 +97,22 @@ fn decode_rows(group: u32) -> u32 {
 
 /// Floats of scratch that [`Kernels::decode`] needs.
 pub fn decode_scratch(group: u32, head_dim: u32, blocks: u32) -> usize {
-    (group.div_ceil(16) * blocks * 2 * decode_rows(group) * (head_dim + 2)) as usize
+    (group.div_ceil(16) * blocks * 2 * part_floats(group, head_dim)) as usize
+}
+
+/// Floats of the softmax part of a row: outputs, padded by 8 a row, maxima and sums.
+fn part_floats(group: u32, head_dim: u32) -> u32 {
+    decode_rows(group) * (head_dim + 10)
 }
 
 /// Shared memory of a decode block in bytes.
 fn decode_shared(group: u32, head_dim: u32) -> u32 {
     let stages = match head_dim {
-        ..=96 => 4,
-        ..=128 => 3,
+        ..=64 => 4,
+        ..=96 => 3,
         _ => 2,
     };
-    WARPS * (stages * 2 * KEYS * head_dim * 2 + decode_rows(group) * (head_dim + 2) * 4)
+    WARPS * (stages * 2 * KEYS * head_dim * 2 + part_floats(group, head_dim) * 4)
 }
 
 /// Blocks of the decode kernel that one multiprocessor holds at a time, by its shared memory in bytes.

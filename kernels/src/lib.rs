@@ -7,6 +7,7 @@
 
 mod append;
 mod attend;
+mod bench;
 mod held;
 mod mass;
 mod module;
@@ -18,7 +19,8 @@ mod trim;
 
 pub use append::{AppendParams, Marks};
 pub use attend::{
-    DECODE_TILE_SHIFT, DecodeParams, FAST_HEAD_DIMS, PlainParams, decode_blocks_per_multiprocessor, decode_scratch,
+    DECODE_LEAST_TILES, DECODE_TILE_SHIFT, DecodeParams, FAST_HEAD_DIMS, PlainParams, decode_blocks_per_multiprocessor,
+    decode_scratch,
 };
 pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, ScatterParams};
 pub use mass::{MASS_TILE, MassParams};

@@ -57,7 +57,8 @@ impl Kernels {
     /// # Errors
     /// The driver's, such as no machine code for this GPU.
     pub fn load(context: &Arc<CudaContext>) -> Result<Self, DriverError> {
-        let images = images!["append", "decode", "held", "mass", "observe", "plain", "plan", "prefill", "trim"];
+        let images =
+            images!["append", "bench", "decode", "held", "mass", "observe", "plain", "plan", "prefill", "trim"];
         let load =
             |(name, image): (&'static str, &[u8])| Ok((name, context.load_module(Ptx::from_binary(image.to_vec()))?));
         let modules = images.into_iter().map(load).collect::<Result<_, DriverError>>()?;

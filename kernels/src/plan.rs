@@ -60,6 +60,7 @@ pub struct BlockWork {
     pub tiles: u32,
     pub all: u32,
     pub busy: u32,
+    pub work: RowWork,
 }
 
 /// See [`Kernels::schedule`].
@@ -86,6 +87,8 @@ pub struct ScheduleParams {
     pub first_layer: u32,
     /// log2 of the entries of a tile.
     pub tile_shift: u32,
+    /// Tiles of a block that has any: fewer cost more to merge than they save.
+    pub least_tiles: u32,
 }
 
 #[repr(C)]
@@ -103,6 +106,10 @@ struct ClearParams {
 
 // SAFETY: all zeros is a layer where nothing was marked.
 unsafe impl cudarc::driver::ValidAsZeroBits for LayerPlan {}
+// SAFETY: all zeros is no work.
+unsafe impl cudarc::driver::ValidAsZeroBits for RowWork {}
+// SAFETY: as above.
+unsafe impl cudarc::driver::ValidAsZeroBits for BlockWork {}
 device_repr!(LayerPlan, PlanParams, RowWork, BlockWork, ScheduleParams, ReleaseParams, ClearParams);
 
 impl Kernels {

@@ -21,7 +21,7 @@ pub struct Counters {
 
 /// Addresses and shape of a store.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[allow(missing_docs)] // see store.cuh
 pub struct Store {
     pub k: Address,
@@ -96,3 +96,5 @@ macro_rules! device_repr {
 pub(crate) use device_repr;
 
 device_repr!(Counters, Span);
+// SAFETY: all zeros is a value.
+unsafe impl cudarc::driver::ValidAsZeroBits for Counters {}

@@ -23,8 +23,9 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DriverError, sys};
 use kvpolicy_kernels::{
-    self as kernels, AppendParams, DECODE_TILE_SHIFT, DecodeParams, Dtype, FAST_HEAD_DIMS, Kernels, LayerPlan,
-    MASS_TILE, Marks, MassParams, PlainParams, PlanParams, PrefillParams, PrefillShape, Ring, RowWork, ScheduleParams,
+    self as kernels, AppendParams, DECODE_LEAST_TILES, DECODE_TILE_SHIFT, DecodeParams, Dtype, FAST_HEAD_DIMS, Kernels,
+    LayerPlan, MASS_TILE, Marks, MassParams, PlainParams, PlanParams, PrefillParams, PrefillShape, Ring, RowWork,
+    ScheduleParams,
 };
 use memory::{Control, Layout, Memory, Readback, Staging, address, output, scratch, tensor_address, zeros};
 use std::{collections::HashMap, sync::Arc};
@@ -322,6 +323,7 @@ impl Cuda {
             block_count: self.decode.blocks,
             first_layer: first_layer as u32,
             tile_shift: DECODE_TILE_SHIFT,
+            least_tiles: DECODE_LEAST_TILES,
         };
         // SAFETY: as in `plan`.
         unsafe { self.kernels.schedule(&self.stream, &params, layers as u32) }.map_err(driver("scheduling attention"))

@@ -1,0 +1,44 @@
+//! `kvpolicy bench`: kernels and whole models on a GPU, with random weights of the exact shape.
+
+mod ceilings;
+mod kernels;
+mod ragged;
+mod timer;
+
+use anyhow::Result;
+use clap::Subcommand;
+use kvpolicy::Registry;
+use serde::Serialize;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Decode attention over ragged rows, as an evicting policy makes them.
+    Kernels(kernels::Args),
+}
+
+pub(crate) fn run(args: &Args, _registry: &Registry) -> Result<()> {
+    match &args.what {
+        What::Kernels(args) => kernels::run(args),
+    }
+}
+
+/// Median and quartiles of a time.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Time {
+    /// Microseconds.
+    pub(crate) median_us: f64,
+    pub(crate) low_us: f64,
+    pub(crate) high_us: f64,
+}
+
+impl std::fmt::Display for Time {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.1} ({:.1}-{:.1})", self.median_us, self.low_us, self.high_us)
+    }
+}

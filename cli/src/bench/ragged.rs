@@ -1,0 +1,199 @@
+//! A store of ragged rows, made by hand: lengths as an evicting policy leaves them, pages in random places.
+
+use anyhow::Result;
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use half::bf16;
+use kvpolicy_kernels::{
+    BlockWork, Counters, DECODE_TILE_SHIFT, DecodeParams, Dtype, Kernels, Protect, RowWork, ScheduleParams, Span,
+    Store, decode_blocks_per_multiprocessor, decode_scratch,
+};
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use std::sync::Arc;
+
+/// Heads of a model: query heads, KV heads, components of a head.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) q: usize,
+    pub(crate) kv: usize,
+    pub(crate) dim: usize,
+}
+
+/// One decode step's attention over `layers` layers of ragged rows.
+pub(crate) struct Ragged {
+    stream: Arc<CudaStream>,
+    kernels: Arc<Kernels>,
+    store: Store,
+    heads: Heads,
+    batch: usize,
+    pub(crate) layers: usize,
+    /// Entries of all rows of a layer, mean over the layers.
+    pub(crate) entries: f64,
+    blocks: u32,
+    least_tiles: u32,
+    u32s: Vec<CudaSlice<u32>>,
+    _planes: [CudaSlice<bf16>; 2],
+    q: CudaSlice<bf16>,
+    y: CudaSlice<bf16>,
+    parts: CudaSlice<f32>,
+    rows: CudaSlice<RowWork>,
+    work: CudaSlice<BlockWork>,
+    spans: CudaSlice<Span>,
+    _counters: CudaSlice<Counters>,
+}
+
+/// Standard deviation of the logarithm of the lengths.
+const SIGMA: f64 = 0.5;
+
+fn lengths(rng: &mut StdRng, n: usize, mean: f64) -> Vec<u32> {
+    let normal = |rng: &mut StdRng| {
+        let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
+        (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+    };
+    let draws: Vec<f64> = (0..n).map(|_| (SIGMA * normal(rng)).exp()).collect();
+    let scale = mean * n as f64 / draws.iter().sum::<f64>();
+    draws.iter().map(|draw| ((draw * scale) as u32).max(1)).collect()
+}
+
+impl Ragged {
+    /// As many layers as leave nothing of one round in the cache for the next.
+    pub(crate) fn new(
+        stream: &Arc<CudaStream>,
+        heads: Heads,
+        batch: usize,
+        mean: f64,
+        page_size: usize,
+        blocks_per_multiprocessor: Option<u32>,
+        least_tiles: u32,
+    ) -> Result<Self> {
+        let kernels = Kernels::of(stream.context())?;
+        let layer_bytes = batch as f64 * heads.kv as f64 * mean * (4 * heads.dim) as f64;
+        let layers = ((400e6 / layer_bytes).ceil() as usize).clamp(2, 64);
+        let rows = layers * batch * heads.kv;
+        let mut rng = StdRng::seed_from_u64(1);
+        let lens = lengths(&mut rng, rows, mean);
+        let pages_of = |len: u32| (len as usize).div_ceil(page_size);
+        let max_pages = lens.iter().map(|&len| pages_of(len)).max().unwrap_or(1);
+        let pages: usize = lens.iter().map(|&len| pages_of(len)).sum();
+        let mut ids: Vec<u32> = (0..pages as u32).collect();
+        ids.shuffle(&mut rng);
+        let mut table = vec![0u32; rows * max_pages];
+        let mut next = ids.into_iter();
+        for (row, &len) in lens.iter().enumerate() {
+            table[row * max_pages..][..pages_of(len)].iter_mut().zip(next.by_ref()).for_each(|(t, id)| *t = id);
+        }
+        let elements = pages * page_size * heads.dim;
+        let plane = || random(stream, elements);
+        let planes = [plane()?, plane()?];
+        let width = heads.q * heads.dim;
+        let group = (heads.q / heads.kv) as u32;
+        let shared = cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR;
+        let count = cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let (shared, count) = (stream.context().attribute(shared)? as u32, stream.context().attribute(count)? as u32);
+        let resident = decode_blocks_per_multiprocessor(group, heads.dim as u32, shared);
+        let blocks = count * blocks_per_multiprocessor.unwrap_or(resident);
+        let (table, lens_on_device) = (stream.clone_htod(&table)?, stream.clone_htod(&lens)?);
+        let singles: Vec<u32> = (0..batch as u32).collect();
+        let spans: Vec<Span> = singles.iter().map(|&i| Span { seat: i, start: 1 << 20, len: 1, first: i }).collect();
+        let counters = stream.alloc_zeros(1)?;
+        let (singles, positions) = (stream.clone_htod(&singles)?, stream.clone_htod(&vec![1u32 << 20; batch])?);
+        let arrived = stream.alloc_zeros(batch * heads.kv * group.div_ceil(16) as usize)?;
+        let address = |slice: &CudaSlice<u32>| slice.device_ptr(stream).0;
+        let store = Store {
+            k: planes[0].device_ptr(stream).0,
+            v: planes[1].device_ptr(stream).0,
+            len: address(&lens_on_device),
+            table: address(&table),
+            counters: counters.device_ptr(stream).0,
+            layers: layers as u32,
+            seats: batch as u32,
+            heads: heads.kv as u32,
+            head_dim: heads.dim as u32,
+            page_shift: page_size.ilog2(),
+            max_pages: max_pages as u32,
+            pages: pages as u32,
+            ..Store::default()
+        };
+        Ok(Self {
+            stream: stream.clone(),
+            kernels,
+            store,
+            heads,
+            batch,
+            layers,
+            entries: lens.iter().map(|&len| len as f64).sum::<f64>() / layers as f64,
+            blocks,
+            least_tiles,
+            u32s: vec![table, lens_on_device, singles, positions, arrived],
+            _planes: planes,
+            q: random(stream, batch * width)?,
+            y: stream.alloc_zeros(batch * width)?,
+            parts: stream.alloc_zeros(decode_scratch(group, heads.dim as u32, blocks))?,
+            rows: stream.alloc_zeros(rows)?,
+            work: stream.alloc_zeros(layers * blocks as usize)?,
+            spans: stream.clone_htod(&spans)?,
+            _counters: counters,
+        })
+    }
+
+    /// Bytes of keys and values that one layer's attention reads.
+    pub(crate) fn bytes(&self) -> f64 {
+        self.entries * (2 * 2 * self.heads.dim) as f64
+    }
+
+    pub(crate) fn schedule(&self) -> Result<()> {
+        let params = ScheduleParams {
+            store: self.store,
+            spans: self.spans.device_ptr(&self.stream).0,
+            singles: self.u32s[2].device_ptr(&self.stream).0,
+            rows: self.rows.device_ptr(&self.stream).0,
+            blocks: self.work.device_ptr(&self.stream).0,
+            single_count: self.batch as u32,
+            max_rows: (self.batch * self.heads.kv) as u32,
+            block_count: self.blocks,
+            first_layer: 0,
+            tile_shift: DECODE_TILE_SHIFT,
+            least_tiles: self.least_tiles,
+        };
+        // SAFETY: every buffer was made for this shape.
+        Ok(unsafe { self.kernels.schedule(&self.stream, &params, self.layers as u32) }?)
+    }
+
+    pub(crate) fn attend(&self, layer: usize) -> Result<()> {
+        let rows = self.batch * self.heads.kv;
+        let params = DecodeParams {
+            store: self.store,
+            q: self.q.device_ptr(&self.stream).0,
+            y: self.y.device_ptr(&self.stream).0,
+            lse: 0,
+            rows: self.rows.device_ptr(&self.stream).0 + (layer * rows * size_of::<RowWork>()) as u64,
+            blocks: self.work.device_ptr(&self.stream).0
+                + (layer * self.blocks as usize * size_of::<BlockWork>()) as u64,
+            parts: self.parts.device_ptr(&self.stream).0,
+            arrived: self.u32s[4].device_ptr(&self.stream).0,
+            positions: self.u32s[3].device_ptr(&self.stream).0,
+            q_heads: self.heads.q as u32,
+            q_stride: (self.heads.q * self.heads.dim) as u32,
+            group: (self.heads.q / self.heads.kv) as u32,
+            row_count: rows as u32,
+            scale: std::f32::consts::LOG2_E / (self.heads.dim as f32).sqrt(),
+            protect: Protect::default(),
+            check_marks: 0,
+        };
+        // SAFETY: as above; the schedule was made.
+        Ok(unsafe { self.kernels.decode(&self.stream, Dtype::Bf16, self.blocks, &params) }?)
+    }
+}
+
+/// Numbers in (-1, 1), made on the host once and repeated.
+fn random(stream: &Arc<CudaStream>, n: usize) -> Result<CudaSlice<bf16>> {
+    const PIECE: usize = 1 << 20;
+    let mut rng = StdRng::seed_from_u64(n as u64);
+    let piece: Vec<bf16> = (0..PIECE.min(n)).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0))).collect();
+    let piece = stream.clone_htod(&piece)?;
+    let mut out = stream.alloc_zeros::<bf16>(n)?;
+    for from in (0..n).step_by(PIECE) {
+        let len = PIECE.min(n - from);
+        stream.memcpy_dtod(&piece.slice(..len), &mut out.slice_mut(from..from + len))?;
+    }
+    Ok(out)
+}
