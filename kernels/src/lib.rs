@@ -5,8 +5,10 @@
 //! one `#[repr(C)]` structure by value, declared beside it in `cuda/`.
 #![cfg(feature = "cuda")]
 
+mod model;
 mod module;
 mod store;
 
+pub use model::{AddBias, Argmax, Draw, Fill, Gate, Heads, Matvec, RmsNorm, SiluMul, Threshold};
 pub use module::{Dtype, Kernels};
-pub use store::{Counters, Protect, Ring, Span, Store};
+pub use store::{Address, Counters, Protect, Ring, Span, Store};
