@@ -56,6 +56,7 @@ mod gguf_header;
 mod hub;
 mod loader;
 mod model;
+pub mod ops;
 mod session;
 mod subject;
 mod tokenizer;
