@@ -57,6 +57,7 @@ mod hub;
 mod loader;
 mod model;
 pub mod ops;
+mod presets;
 mod session;
 mod subject;
 mod tokenizer;
