@@ -31,7 +31,7 @@ fn gpu() -> Option<Device> {
 /// How far two of a kind may be apart, as a share of their norm: a few roundings.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
-        DType::F32 => 3e-6,
+        DType::F32 => 1e-5,
         DType::F16 => 1e-3,
         _ => 8e-3,
     }
@@ -196,7 +196,7 @@ fn products_of_few_and_many_tokens() {
             (1536, 2048),
             (8960, 1536),
             (2048, 3072),
-            (2048, 16_384),
+            (2048, 4096),
         ] {
             let (w, wg) = inputs.pair(&[2 * out, input], 0.1);
             for tokens in [1, 2, 3, 5, 8, 9, 33] {
@@ -270,7 +270,7 @@ fn gates() {
 fn the_largest_and_the_first_of_equals() {
     for_each_dtype(|inputs| {
         for columns in [1, 31, 1000, 4096, 49_152, 128_256, 151_936] {
-            for rows in [1, 3, 64] {
+            for rows in if columns > 4096 { [1, 2, 5] } else { [1, 3, 64] } {
                 let (x, _) = inputs.pair(&[rows, columns], 40.0);
                 let tied = x.round().unwrap(); // a few dozen values: the largest comes up again and again
                 let got =
@@ -407,7 +407,7 @@ fn models() {
         let config = Config::from_json(&format!("{TINY}\"{arch}\"{extra}}}")).unwrap();
         let of = |dtype, device: &Device| logits(&Model::random(config.clone(), dtype, device, 1).unwrap());
         let expected = of(DType::F32, &Device::Cpu);
-        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 6e-2)] {
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 3e-3), (DType::BF16, 2e-2)] {
             for (got, expected) in of(dtype, &device).iter().zip(&expected) {
                 close(got, expected, tolerance, &format!("{arch}{extra} {dtype:?}"));
             }
