@@ -53,6 +53,7 @@ mod cache;
 pub mod compare;
 pub mod compose;
 mod error;
+mod ops;
 pub mod params;
 pub mod policies;
 mod policy;

@@ -10,6 +10,7 @@ mod attend;
 mod bench;
 mod held;
 mod mass;
+mod model;
 mod module;
 mod observe;
 mod plan;
@@ -24,6 +25,7 @@ pub use attend::{
 };
 pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, ScatterParams};
 pub use mass::{MASS_TILE, MassParams};
+pub use model::{AddBias, Argmax, Draw, Fill, Gate, Heads, Matvec, RmsNorm, SiluMul, Threshold};
 pub use module::{Dtype, Kernels};
 pub use observe::ObserveParams;
 pub use plan::{BlockWork, LayerPlan, PlanParams, RowWork, ScheduleParams};

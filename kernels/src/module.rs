@@ -5,7 +5,7 @@ use cudarc::{
     nvrtc::Ptx,
 };
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -25,6 +25,14 @@ impl Dtype {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Bytes of an element.
+    pub fn bytes(self) -> u32 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
         }
     }
 }
@@ -57,27 +65,29 @@ impl Kernels {
     /// # Errors
     /// The driver's, such as no machine code for this GPU.
     pub fn load(context: &Arc<CudaContext>) -> Result<Self, DriverError> {
-        let images =
-            images!["append", "bench", "decode", "held", "mass", "observe", "plain", "plan", "prefill", "trim"];
+        let images = images![
+            "append", "bench", "decode", "held", "mass", "matvec", "model", "observe", "plain", "plan", "prefill",
+            "trim"
+        ];
         let load =
             |(name, image): (&'static str, &[u8])| Ok((name, context.load_module(Ptx::from_binary(image.to_vec()))?));
         let modules = images.into_iter().map(load).collect::<Result<_, DriverError>>()?;
         Ok(Self { modules, functions: Mutex::default() })
     }
 
-    /// The kernels of a context, loaded once.
+    /// The kernels of a context's GPU, loaded by the first call.
     ///
     /// # Errors
     /// As [`Kernels::load`].
     pub fn of(context: &Arc<CudaContext>) -> Result<Arc<Self>, DriverError> {
-        static LOADED: Mutex<Vec<(usize, Arc<Kernels>)>> = Mutex::new(vec![]);
-        let address = context.cu_ctx() as usize;
+        // By ordinal: every context of a GPU is its primary one, which the loaded modules keep alive.
+        static LOADED: Mutex<BTreeMap<usize, Arc<Kernels>>> = Mutex::new(BTreeMap::new());
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, kernels)) = loaded.iter().find(|(known, _)| *known == address) {
+        if let Some(kernels) = loaded.get(&context.ordinal()) {
             return Ok(kernels.clone());
         }
         let kernels = Arc::new(Self::load(context)?);
-        loaded.push((address, kernels.clone()));
+        loaded.insert(context.ordinal(), kernels.clone());
         Ok(kernels)
     }
 

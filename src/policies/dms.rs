@@ -1,10 +1,10 @@
 use crate::{
     error::{Error, Result},
+    ops,
     params::{Auto, AutoOr, FilePath},
     policy::*,
     spec::{GateSpec, Lag, ModelSpec, PerGate},
 };
-use candle_core::Tensor;
 
 crate::policy_params! {
     /// Dynamic Memory Sparsification: a trained bit per token and KV head, obeyed once the token leaves the window
@@ -58,14 +58,7 @@ impl Policy for Dms {
         let logits = new.evict_logits.as_ref().ok_or_else(|| {
             Error::Config("dms: the model gave no decision logits; it must compute them from its gates".into())
         })?;
-        let bits = logits.gt(-self.bias)?;
-        Ok(Verdict { evict: Evict::Bits { bits: broadcast(&bits, gates.per)?, lag: gates.lag }, score: None })
+        let bits = ops::threshold(logits, -self.bias, gates.per)?;
+        Ok(Verdict { evict: Evict::Bits { bits, lag: gates.lag }, score: None })
     }
-}
-
-fn broadcast(bits: &Tensor, per: PerGate) -> Result<Tensor> {
-    Ok(match per {
-        PerGate::Head => bits.clone(),
-        PerGate::Layer => bits.narrow(1, 0, 1)?.broadcast_as(bits.shape())?.contiguous()?,
-    })
 }

@@ -11,7 +11,8 @@
 use crate::{
     config::Config,
     error::{Error, Result},
-    weights::{Linear, Weights},
+    ops::{self, GateWeights},
+    weights::Weights,
 };
 use candle_core::{DType, Device, Tensor};
 use kvpolicy::{GateSpec, Lag, PerGate};
@@ -29,19 +30,12 @@ pub struct Gates {
 
 #[derive(Debug, Clone)]
 enum Source {
-    Adapter(Vec<Adapter>),
+    Adapter(Vec<GateWeights>),
     Borrowed {
         /// 1, and 0 where a neuron was borrowed: `[q_heads, head_dim]`.
         others: Tensor,
         zero_after_rope: bool,
     },
-}
-
-#[derive(Debug, Clone)]
-struct Adapter {
-    norm: Tensor, // [hidden]
-    eps: f32,
-    project: Linear, // hidden -> kv_heads
 }
 
 /// The description of gates, before their tensors are read.
@@ -86,25 +80,26 @@ impl Gates {
         Layout::of_dir(dir)?.map(|layout| layout.read(weights, config)).transpose()
     }
 
-    /// Decision logits of one layer's new tokens, f32 `[tokens, kv_heads]`, and the queries to go on with. `x`: residual
-    /// stream `[tokens, hidden]`; `q`: `[tokens, q_heads, head_dim]` after any q norm, before RoPE.
-    pub(crate) fn decide(&self, layer: usize, config: &Config, x: &Tensor, q: Tensor) -> Result<(Tensor, Tensor)> {
-        let (alpha, q) = match &self.source {
-            Source::Adapter(layers) => {
-                let Adapter { norm, eps, project } = &layers[layer];
-                (project.forward(&candle_nn::ops::rms_norm(x, norm, *eps)?)?, q)
-            }
-            Source::Borrowed { others, .. } => {
-                let (tokens, d) = (q.dim(0)?, config.head_dim);
-                let groups = q.reshape((tokens, config.kv_heads, config.q_heads / config.kv_heads, d))?;
-                let alpha = groups.narrow(2, 0, 1)?.narrow(3, d - 1, 1)?.reshape((tokens, config.kv_heads))?;
-                (alpha, q.broadcast_mul(others)?)
-            }
+    /// Decision logits of one layer's new tokens by its adapter, f32 `[tokens, kv_heads]`; `None` if the gates have
+    /// none. `x`: residual stream `[tokens, hidden]`.
+    pub(crate) fn adapt(&self, layer: usize, x: &Tensor) -> Result<Option<Tensor>> {
+        match &self.source {
+            Source::Adapter(layers) => ops::gate(x, &layers[layer], self.scale, self.offset).map(Some),
+            Source::Borrowed { .. } => Ok(None),
+        }
+    }
+
+    /// Decision logits by a borrowed neuron, f32 `[tokens, kv_heads]`, and the queries to go on with. `q`:
+    /// `[tokens, q_heads, head_dim]` after any q norm, before RoPE.
+    pub(crate) fn borrow(&self, config: &Config, q: Tensor) -> Result<(Tensor, Tensor)> {
+        let (tokens, d) = (q.dim(0)?, config.head_dim);
+        let groups = q.reshape((tokens, config.kv_heads, config.q_heads / config.kv_heads, d))?;
+        let alpha = groups.narrow(2, 0, 1)?.narrow(3, d - 1, 1)?.reshape((tokens, config.kv_heads))?;
+        let q = match &self.source {
+            Source::Borrowed { others, .. } => q.broadcast_mul(others)?,
+            Source::Adapter(_) => q,
         };
-        let logits = alpha.to_dtype(DType::F32)?.affine(self.scale, -self.offset)?;
-        // NVIDIA's word for "never": the same logit everywhere, far below any bias.
-        let logits = if self.spec.disable { logits.affine(0.0, -1000.0)? } else { logits };
-        Ok((logits, q))
+        Ok((alpha.to_dtype(DType::F32)?.affine(self.scale, -self.offset)?, q))
     }
 
     /// The queries after RoPE, `[tokens, q_heads, head_dim]`.
@@ -184,18 +179,21 @@ impl Layout {
         let source = if self.adapter {
             let layers = (0..config.layers).map(|layer| {
                 let name = format!("model.layers.{layer}.self_attn.dms_proj_alpha");
-                let bias = weights.has(&format!("{name}.bias"));
-                Ok(Adapter {
+                let bias = format!("{name}.bias");
+                Ok(GateWeights {
                     norm: weights.tensor(&format!("{name}_norm.weight"), &[config.hidden])?,
-                    eps: config.rms_eps as f32,
-                    project: weights.linear(&name, config.hidden, config.kv_heads, bias)?,
+                    eps: config.rms_eps,
+                    weight: weights.tensor(&format!("{name}.weight"), &[config.kv_heads, config.hidden])?,
+                    bias: weights.has(&bias).then(|| weights.tensor(&bias, &[config.kv_heads])).transpose()?,
                 })
             });
             Source::Adapter(layers.collect::<Result<_>>()?)
         } else {
             Source::Borrowed { others: others(weights, config)?, zero_after_rope: self.zero_after_rope }
         };
-        Ok(Gates { spec: self.spec, scale: self.scale, offset: self.offset, source })
+        // NVIDIA's word for "never": the same logit everywhere, far below any bias.
+        let (scale, offset) = if self.spec.disable { (0.0, 1000.0) } else { (self.scale, self.offset) };
+        Ok(Gates { spec: self.spec, scale, offset, source })
     }
 }
 

@@ -56,6 +56,8 @@ mod gguf_header;
 mod hub;
 mod loader;
 mod model;
+pub mod ops;
+mod presets;
 mod session;
 mod subject;
 mod tokenizer;

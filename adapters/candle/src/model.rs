@@ -4,13 +4,17 @@ use crate::{
     config::{Arch, Config},
     error::{Error, Result},
     gates::Gates,
-    weights::{Linear, Weights},
+    ops::{self, Heads, Rotation},
+    weights::{Linear, Matrix, Weights},
 };
 use candle_core::{DType, Device, Tensor};
-use candle_nn::rotary_emb::{rope, rope_i};
-use kvpolicy::{KvCache, RopeLayout, Step};
+use kvpolicy::{KvCache, Step};
 
 /// A decoder of one of the families of [`Arch`], without any state: keys and values live in a [`KvCache`].
+///
+/// On a GPU with dense weights a decode step ([`Model::forward_on`], [`Model::greedy`] with one token a sequence) copies
+/// nothing between host and device and waits for nothing, so a CUDA graph can capture it, after a step outside it has
+/// loaded what is loaded once. Gates of a borrowed neuron are the exception.
 #[derive(Debug)]
 pub struct Model {
     config: Config,
@@ -18,32 +22,38 @@ pub struct Model {
     blocks: Vec<Block>,
     norm: Tensor, // [hidden]
     output: Linear,
-    inv_freq: Tensor, // [1, head_dim / 2]
+    inv_freq: Tensor, // f32 [head_dim / 2]
 }
 
 #[derive(Debug)]
 struct Block {
     attention_norm: Tensor, // [hidden]
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    qkv: Matrix,            // hidden -> (q_heads + 2 kv_heads) * head_dim
+    heads: Heads,
     o: Linear,
-    q_norm: Option<Tensor>, // [head_dim]
-    k_norm: Option<Tensor>,
     mlp_norm: Tensor, // [hidden]
-    gate: Linear,
-    up: Linear,
+    gate_up: Linear,  // hidden -> 2 ffn
     down: Linear,
 }
 
-/// Rotation of a step's tokens: `[tokens, 1, head_dim / 2]` each.
-struct Rotation {
-    cos: Tensor,
-    sin: Tensor,
-    layout: RopeLayout,
+/// What the blocks of one forward pass share.
+struct Pass<'a> {
+    config: &'a Config,
+    rotation: Rotation,
+    step: &'a Step,
+    cache: &'a mut KvCache,
+    gates: Option<&'a Gates>,
 }
 
 impl Model {
+    /// A model of random weights, the same for a seed on every device: for benchmarks and tests.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if there is not enough memory.
+    pub fn random(config: Config, dtype: DType, device: &Device, seed: u64) -> Result<Self> {
+        Self::load(config, &mut Weights::random(seed, dtype, device), device)
+    }
+
     pub(crate) fn load(config: Config, weights: &mut Weights, device: &Device) -> Result<Self> {
         let embedding = weights.tensor("model.embed_tokens.weight", &[config.vocab, config.hidden])?;
         let norm = weights.tensor("model.norm.weight", &[config.hidden])?;
@@ -52,10 +62,10 @@ impl Model {
         } else if let Weights::Gguf(_) = weights {
             weights.linear("model.embed_tokens", config.hidden, config.vocab, false)?
         } else {
-            Linear::Dense(embedding.clone(), None)
+            Linear { matrix: Matrix::Dense(embedding.clone()), bias: None }
         };
         let blocks = (0..config.layers).map(|layer| Block::load(layer, &config, weights)).collect::<Result<_>>()?;
-        let inv_freq = Tensor::new(config.rope.inv_freq.as_slice(), device)?.unsqueeze(0)?;
+        let inv_freq = Tensor::new(config.rope.inv_freq.as_slice(), device)?;
         Ok(Self { config, embedding, blocks, norm, output, inv_freq })
     }
 
@@ -64,25 +74,44 @@ impl Model {
         &self.config
     }
 
+    /// Where its weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
     /// Hidden states after the last norm, `[tokens, hidden]`. `tokens`: as many as the step has, sequences end to end.
     /// `gates` are needed where the cache's policy is, and where the checkpoint was trained with a borrowed neuron.
     ///
     /// # Errors
     /// [`Error::Model`] for a token outside the vocabulary or a number of tokens that does not fit the step.
     pub fn hidden(&self, tokens: &[u32], step: &Step, cache: &mut KvCache, gates: Option<&Gates>) -> Result<Tensor> {
-        if tokens.len() != step.len() {
-            return Err(Error::Model(format!("{} tokens for a step of {}", tokens.len(), step.len())));
-        }
         self.check_tokens(tokens)?;
-        let device = self.embedding.device();
-        let rotation = self.rotation(step)?;
-        let mut x = self.embedding.index_select(&Tensor::new(tokens, device)?, 0)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let y = block.attend(layer, &self.config, &x, &rotation, step, cache, gates)?;
-            x = (x + y)?;
-            x = (&x + block.feed_forward(&self.config, &x)?)?;
+        self.hidden_on(&Tensor::new(tokens, self.device())?, step, cache, gates)
+    }
+
+    /// [`Model::hidden`] of tokens that are where the model is: u32 `[tokens]`. On a GPU one outside the vocabulary is no
+    /// error: its sequence reads NaN.
+    fn hidden_on(&self, tokens: &Tensor, step: &Step, cache: &mut KvCache, gates: Option<&Gates>) -> Result<Tensor> {
+        if tokens.dims() != [step.len()] {
+            return Err(Error::Model(format!("tokens of shape {:?} for a step of {}", tokens.dims(), step.len())));
         }
-        self.rms_norm(&x)
+        let (config, layout) = (&self.config, self.config.rope.layout);
+        let positions = step.positions().to_device(self.device())?;
+        let rotation = Rotation::new(positions, self.inv_freq.clone(), layout, self.embedding.dtype());
+        let mut pass = Pass { config, rotation, step, cache, gates };
+        let (mut x, mut normed) = ops::embed_rms_norm(&self.embedding, tokens, self.norm_before(0), config.rms_eps)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let y = block.attend(layer, &x, &normed, &mut pass)?;
+            (x, normed) = ops::add_rms_norm(&x, &y, &block.mlp_norm, config.rms_eps)?;
+            let y = block.feed_forward(&normed)?;
+            (x, normed) = ops::add_rms_norm(&x, &y, self.norm_before(layer + 1), config.rms_eps)?;
+        }
+        Ok(normed)
+    }
+
+    /// The norm that a layer's attention starts with; after the last layer, that of the output.
+    fn norm_before(&self, layer: usize) -> &Tensor {
+        self.blocks.get(layer).map_or(&self.norm, |block| &block.attention_norm)
     }
 
     pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -108,38 +137,40 @@ impl Model {
     /// # Errors
     /// As [`Model::hidden`].
     pub fn forward(&self, tokens: &[u32], step: &Step, cache: &mut KvCache, gates: Option<&Gates>) -> Result<Tensor> {
-        let hidden = self.hidden(tokens, step, cache, gates)?;
-        let last = Tensor::new(step.last_tokens().as_slice(), hidden.device())?;
-        self.logits(&hidden.index_select(&last, 0)?)
+        self.logits(&last(self.hidden(tokens, step, cache, gates)?, step)?)
     }
 
-    fn rms_norm(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(candle_nn::ops::rms_norm(x, &self.norm, self.config.rms_eps as f32)?)
+    /// [`Model::forward`] of tokens that are where the model is: u32 `[tokens]`. On a GPU one outside the vocabulary is no
+    /// error: its sequence reads NaN.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a number of tokens that does not fit the step, or tokens that are elsewhere.
+    pub fn forward_on(
+        &self,
+        tokens: &Tensor,
+        step: &Step,
+        cache: &mut KvCache,
+        gates: Option<&Gates>,
+    ) -> Result<Tensor> {
+        self.logits(&last(self.hidden_on(tokens, step, cache, gates)?, step)?)
     }
 
-    /// Angles are computed per step, so no table limits the context.
-    fn rotation(&self, step: &Step) -> Result<Rotation> {
-        let positions = step.positions().to_dtype(DType::F32)?.unsqueeze(1)?;
-        let angles = positions.broadcast_mul(&self.inv_freq)?.unsqueeze(1)?;
-        let dtype = self.embedding.dtype();
-        Ok(Rotation {
-            cos: angles.cos()?.to_dtype(dtype)?,
-            sin: angles.sin()?.to_dtype(dtype)?,
-            layout: self.config.rope.layout,
-        })
+    /// The most likely next token of each sequence, u32 `[sequences]`, where the model is. As [`Model::forward_on`].
+    ///
+    /// # Errors
+    /// As [`Model::forward_on`].
+    pub fn greedy(&self, tokens: &Tensor, step: &Step, cache: &mut KvCache, gates: Option<&Gates>) -> Result<Tensor> {
+        let last = last(self.hidden_on(tokens, step, cache, gates)?, step)?;
+        ops::argmax(&self.output.forward(&last)?)
     }
 }
 
-impl Rotation {
-    /// `[tokens, heads, head_dim]`: each token is a batch of one position.
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let x = x.unsqueeze(2)?.contiguous()?;
-        let turned = match self.layout {
-            RopeLayout::HalfSplit => rope(&x, &self.cos, &self.sin)?,
-            RopeLayout::Interleaved => rope_i(&x, &self.cos, &self.sin)?,
-        };
-        Ok(turned.squeeze(2)?)
+/// The rows of each span's last token. A step of one token each needs no list of them.
+fn last(hidden: Tensor, step: &Step) -> Result<Tensor> {
+    if step.spans().iter().all(|span| span.len == 1) {
+        return Ok(hidden);
     }
+    Ok(hidden.index_select(&Tensor::new(step.last_tokens().as_slice(), hidden.device())?, 0)?)
 }
 
 impl Block {
@@ -150,58 +181,45 @@ impl Block {
             Arch::Qwen3 => weights.tensor(&name(&format!("self_attn.{part}.weight")), &[head_dim]).map(Some),
             Arch::Llama | Arch::Qwen2 => Ok(None),
         };
+        let (q, kv) = (q_heads * head_dim, kv_heads * head_dim);
+        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
+        let qkv = weights.joined(&qkv.map(|(part, width)| (name(part), width)), hidden, qkv_bias)?;
+        let (q_norm, k_norm) = (head_norm("q_norm", weights)?, head_norm("k_norm", weights)?);
+        let gate_up = [(name("mlp.gate_proj"), ffn), (name("mlp.up_proj"), ffn)];
         Ok(Self {
             attention_norm: weights.tensor(&name("input_layernorm.weight"), &[hidden])?,
-            q: weights.linear(&name("self_attn.q_proj"), hidden, q_heads * head_dim, qkv_bias)?,
-            k: weights.linear(&name("self_attn.k_proj"), hidden, kv_heads * head_dim, qkv_bias)?,
-            v: weights.linear(&name("self_attn.v_proj"), hidden, kv_heads * head_dim, qkv_bias)?,
-            o: weights.linear(&name("self_attn.o_proj"), q_heads * head_dim, hidden, o_bias)?,
-            q_norm: head_norm("q_norm", weights)?,
-            k_norm: head_norm("k_norm", weights)?,
+            qkv: qkv.matrix,
+            heads: Heads { q_heads, kv_heads, head_dim, bias: qkv.bias, q_norm, k_norm, eps: config.rms_eps },
+            o: weights.linear(&name("self_attn.o_proj"), q, hidden, o_bias)?,
             mlp_norm: weights.tensor(&name("post_attention_layernorm.weight"), &[hidden])?,
-            gate: weights.linear(&name("mlp.gate_proj"), hidden, ffn, mlp_bias)?,
-            up: weights.linear(&name("mlp.up_proj"), hidden, ffn, mlp_bias)?,
+            gate_up: weights.joined(&gate_up, hidden, mlp_bias)?,
             down: weights.linear(&name("mlp.down_proj"), ffn, hidden, mlp_bias)?,
         })
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn attend(
-        &self,
-        layer: usize,
-        config: &Config,
-        x: &Tensor, // [tokens, hidden]
-        rotation: &Rotation,
-        step: &Step,
-        cache: &mut KvCache,
-        gates: Option<&Gates>,
-    ) -> Result<Tensor> {
-        let eps = config.rms_eps as f32;
-        let normed = candle_nn::ops::rms_norm(x, &self.attention_norm, eps)?;
-        let heads = |projection: &Linear, heads: usize, norm: &Option<Tensor>| -> Result<Tensor> {
-            let y = projection.forward(&normed)?.reshape((step.len(), heads, config.head_dim))?;
-            match norm {
-                Some(weight) => Ok(candle_nn::ops::rms_norm(&y, weight, eps)?),
-                None => Ok(y),
+    /// `x`: the residual stream, `normed`: what of it attention reads; both `[tokens, hidden]`.
+    fn attend(&self, layer: usize, x: &Tensor, normed: &Tensor, pass: &mut Pass) -> Result<Tensor> {
+        let qkv = self.qkv.product(normed)?;
+        let ([q, k, v], logits) = match pass.gates {
+            Some(gates) if gates.borrows_neurons() => self.borrow(&qkv, gates, pass)?,
+            gates => {
+                let logits = gates.map(|gates| gates.adapt(layer, x)).transpose()?.flatten();
+                (self.heads.finish(qkv, &pass.rotation)?, logits)
             }
         };
-        let q = heads(&self.q, config.q_heads, &self.q_norm)?;
-        let k = heads(&self.k, config.kv_heads, &self.k_norm)?;
-        let v = heads(&self.v, config.kv_heads, &None)?;
-        let (q, logits) = match gates {
-            Some(gates) => {
-                let (logits, q) = gates.decide(layer, config, x, q)?;
-                (gates.after_rope(rotation.apply(&q)?)?, Some(logits))
-            }
-            None => (rotation.apply(&q)?, None),
-        };
-        let y = cache.attend(layer, step, &step.tokens(q, rotation.apply(&k)?, v, logits))?;
-        self.o.forward(&y.flatten_from(1)?)
+        let y = pass.cache.attend(layer, pass.step, &pass.step.tokens(q, k, v, logits))?;
+        self.o.forward(&y.to_device(x.device())?.flatten_from(1)?)
     }
 
-    fn feed_forward(&self, config: &Config, x: &Tensor) -> Result<Tensor> {
-        let x = candle_nn::ops::rms_norm(x, &self.mlp_norm, config.rms_eps as f32)?;
-        let gated = (candle_nn::ops::silu(&self.gate.forward(&x)?)? * self.up.forward(&x)?)?;
-        self.down.forward(&gated)
+    /// Heads of a model whose gate is a neuron of its queries.
+    fn borrow(&self, qkv: &Tensor, gates: &Gates, pass: &Pass) -> Result<([Tensor; 3], Option<Tensor>)> {
+        let [q, k, v] = self.heads.before_rope(qkv)?;
+        let (logits, q) = gates.borrow(pass.config, q)?;
+        let q = gates.after_rope(pass.rotation.apply(&q)?)?;
+        Ok(([q, pass.rotation.apply(&k)?, v], Some(logits)))
+    }
+
+    fn feed_forward(&self, normed: &Tensor) -> Result<Tensor> {
+        self.down.forward(&self.gate_up.gated(normed)?)
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    gguf_header,
+    gguf_header, ops,
 };
 use candle_core::{
     DType, Device, Module, Tensor,
@@ -15,24 +15,49 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// `x W^T + b` with a dense or a quantized W.
+/// `x W^T + b`.
 #[derive(Debug, Clone)]
-pub(crate) enum Linear {
-    Dense(Tensor, Option<Tensor>), // [out, in], [out]
-    Quantized(QMatMul, Option<Tensor>),
+pub(crate) struct Linear {
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Option<Tensor>, // [out]
+}
+
+/// The W of one projection, or of several of the same input, one after the other.
+#[derive(Debug, Clone)]
+pub(crate) enum Matrix {
+    Dense(Tensor),           // [out, in]
+    Quantized(Vec<QMatMul>), // [part of out, in] each
 }
 
 impl Linear {
     /// `[tokens, in]` to `[tokens, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (y, bias) = match self {
-            Self::Dense(weight, bias) => (x.matmul(&weight.t()?)?, bias),
-            Self::Quantized(weight, bias) => (weight.forward(x)?, bias),
-        };
-        Ok(match bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        })
+        let y = self.matrix.product(x)?;
+        match &self.bias {
+            Some(bias) => ops::add_bias(y, bias),
+            None => Ok(y),
+        }
+    }
+
+    /// [`Linear::forward`] of a gate and the values it lets through, then `silu(gate) * up`: `[tokens, out / 2]`.
+    pub(crate) fn gated(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self { matrix: Matrix::Dense(weight), bias: None } => ops::linear_silu_mul(x, weight),
+            _ => ops::silu_mul(&self.forward(x)?),
+        }
+    }
+}
+
+impl Matrix {
+    /// `[tokens, in]` to `[tokens, out]`.
+    pub(crate) fn product(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(weight) => ops::linear(x, weight),
+            Self::Quantized(parts) => {
+                let products = parts.iter().map(|part| part.forward(x)).collect::<candle_core::Result<Vec<_>>>()?;
+                Ok(Tensor::cat(&products, 1)?)
+            }
+        }
     }
 }
 
@@ -40,6 +65,7 @@ impl Linear {
 pub(crate) enum Weights {
     SafeTensors(SafeTensors),
     Gguf(GgufFile),
+    Random(Random),
 }
 
 /// The tensors of safetensors files, and the type they are wanted in.
@@ -47,6 +73,13 @@ pub(crate) struct SafeTensors {
     tensors: HashMap<String, Tensor>,
     pub(crate) dtype: DType,
     pub(crate) device: Device,
+}
+
+/// Random numbers of the scale of trained weights, from one stream: norms are 1.
+pub(crate) struct Random {
+    state: u64,
+    dtype: DType,
+    device: Device,
 }
 
 /// A GGUF file. Tensors are read one by one as they are asked for.
@@ -72,10 +105,15 @@ impl Weights {
         Ok(Self::SafeTensors(SafeTensors { tensors, dtype, device: device.clone() }))
     }
 
+    pub(crate) fn random(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self::Random(Random { state: seed, dtype, device: device.clone() })
+    }
+
     pub(crate) fn has(&self, name: &str) -> bool {
         match self {
             Self::SafeTensors(source) => source.tensors.contains_key(name),
             Self::Gguf(source) => source.has(&gguf_name(name)),
+            Self::Random(_) => true,
         }
     }
 
@@ -83,6 +121,7 @@ impl Weights {
         match self {
             Self::SafeTensors(source) => &source.device,
             Self::Gguf(source) => &source.device,
+            Self::Random(source) => &source.device,
         }
     }
 
@@ -91,17 +130,20 @@ impl Weights {
         match self {
             Self::SafeTensors(source) => source.dtype,
             Self::Gguf(_) => DType::F32,
+            Self::Random(source) => source.dtype,
         }
     }
 
-    /// A dense tensor of the activations' type.
+    /// A dense tensor of the activations' type. Each can be asked for once: what was read is given away, so that a
+    /// model's weights are not held twice while it loads.
     pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = match self {
-            Self::SafeTensors(source) => match source.tensors.get(name) {
+            Self::SafeTensors(source) => match source.tensors.remove(name) {
                 Some(tensor) => tensor.to_dtype(source.dtype)?,
                 None => return Err(Error::Model(format!("the safetensors files have no tensor `{name}`"))),
             },
             Self::Gguf(source) => source.dense(&gguf_name(name))?,
+            Self::Random(source) => source.next(name, shape)?,
         };
         check_shape(name, tensor.dims(), shape)?;
         Ok(tensor)
@@ -109,16 +151,33 @@ impl Weights {
 
     /// `[out, in]` and, if `bias`, `[out]`.
     pub(crate) fn linear(&mut self, name: &str, input: usize, output: usize, bias: bool) -> Result<Linear> {
-        let bias = if bias { Some(self.tensor(&format!("{name}.bias"), &[output])?) } else { None };
-        let weight = format!("{name}.weight");
-        match self {
-            Self::SafeTensors(_) => Ok(Linear::Dense(self.tensor(&weight, &[output, input])?, bias)),
-            Self::Gguf(source) => {
-                let tensor = source.quantized(&gguf_name(&weight))?;
-                check_shape(&weight, tensor.shape().dims(), &[output, input])?;
-                Ok(Linear::Quantized(QMatMul::from_qtensor(tensor)?, bias))
-            }
+        self.joined(&[(name.to_string(), output)], input, bias)
+    }
+
+    /// Projections of the same input, each with its width, one after the other.
+    pub(crate) fn joined(&mut self, parts: &[(String, usize)], input: usize, bias: bool) -> Result<Linear> {
+        let biases = parts.iter().filter(|_| bias).map(|(name, out)| self.tensor(&format!("{name}.bias"), &[*out]));
+        let biases = biases.collect::<Result<Vec<_>>>()?;
+        let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
+        let weights = parts.iter().map(|(name, out)| (format!("{name}.weight"), [*out, input]));
+        let matrix = if let Self::Gguf(source) = self {
+            Matrix::Quantized(weights.map(|(name, shape)| source.matrix(&name, &shape)).collect::<Result<_>>()?)
+        } else {
+            let weights = weights.map(|(name, shape)| self.tensor(&name, &shape)).collect::<Result<Vec<_>>>()?;
+            Matrix::Dense(Tensor::cat(&weights, 0)?)
+        };
+        Ok(Linear { matrix, bias })
+    }
+}
+
+impl Random {
+    fn next(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        if name.ends_with("norm.weight") {
+            return Ok(Tensor::ones(shape, self.dtype, &self.device)?);
         }
+        let numbers = ops::random(shape, 0.02, self.state, self.dtype, &self.device)?;
+        self.state = ops::advance(self.state, numbers.elem_count() as u64);
+        Ok(numbers)
     }
 }
 
@@ -155,6 +214,13 @@ impl GgufFile {
     pub(crate) fn dense(&mut self, name: &str) -> Result<Tensor> {
         let device = self.device.clone();
         Ok(self.quantized(name)?.dequantize(&device)?)
+    }
+
+    /// By the name Hugging Face gives it.
+    fn matrix(&mut self, name: &str, shape: &[usize]) -> Result<QMatMul> {
+        let tensor = self.quantized(&gguf_name(name))?;
+        check_shape(name, tensor.shape().dims(), shape)?;
+        Ok(QMatMul::from_qtensor(tensor)?)
     }
 
     fn quantized(&mut self, name: &str) -> Result<QTensor> {

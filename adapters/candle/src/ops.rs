@@ -1,0 +1,280 @@
+//! What a decoder computes around its cache: candle's operations on the CPU, and on a GPU one kernel each, none of which
+//! touches the host, so that a captured CUDA graph can hold them.
+//!
+//! Kernels take f32, f16 and bf16 and compute in f32; other types, and quantized weights, go through candle.
+
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use crate::error::{Error, Result};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::rotary_emb::{rope, rope_i};
+#[cfg(feature = "cuda")]
+use cuda::{Gpu, Norm};
+use kvpolicy::RopeLayout;
+use std::cell::OnceCell;
+
+/// `x`, `[tokens, hidden]`, over its root mean square, times `weight`, `[hidden]`.
+///
+/// # Errors
+/// Those of the tensor library: shapes or types that do not fit.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)? {
+        return Ok(gpu.rms_norm(&Norm { x, y: None, ids: None, weight, eps })?.1);
+    }
+    Ok(candle_nn::ops::rms_norm(x, weight, eps as f32)?)
+}
+
+/// `x + y` and its [`rms_norm`]. `x`, `y` and both results: `[tokens, hidden]`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn add_rms_norm(x: &Tensor, y: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu.rms_norm(&Norm { x, y: Some(y), ids: None, weight, eps });
+    }
+    let sum = (x + y)?;
+    let normed = rms_norm(&sum, weight, eps)?;
+    Ok((sum, normed))
+}
+
+/// Rows `ids`, u32 `[tokens]`, of an embedding `[vocab, hidden]`, and their [`rms_norm`]: `[tokens, hidden]` both. On a
+/// GPU an id outside the vocabulary reads as NaN, elsewhere it is an error.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn embed_rms_norm(embedding: &Tensor, ids: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(embedding)? {
+        return gpu.rms_norm(&Norm { x: embedding, y: None, ids: Some(ids), weight, eps });
+    }
+    let x = embedding.index_select(ids, 0)?;
+    let normed = rms_norm(&x, weight, eps)?;
+    Ok((x, normed))
+}
+
+/// `x W^T`: `x` `[tokens, in]`, `weight` `[out, in]`, the result `[tokens, out]`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)?
+        && let Some(y) = gpu.matvec(x, weight)?
+    {
+        return Ok(y);
+    }
+    Ok(x.matmul(&weight.t()?)?)
+}
+
+/// [`linear`], then [`silu_mul`]: `weight` `[2 out, in]`, the gate's rows first.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn linear_silu_mul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)?
+        && let Some(y) = gpu.matvec_silu_mul(x, weight)?
+    {
+        return Ok(y);
+    }
+    silu_mul(&linear(x, weight)?)
+}
+
+/// `y + bias`: `[tokens, out]` and `[out]`. A GPU overwrites `y`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn add_bias(y: Tensor, bias: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(&y)? {
+        return gpu.add_bias(y, bias);
+    }
+    Ok(y.broadcast_add(bias)?)
+}
+
+/// `silu(gate) * up` of `[tokens, 2 ffn]`, the gate in front: `[tokens, ffn]`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn silu_mul(gate_up: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(gate_up)? {
+        return gpu.silu_mul(gate_up);
+    }
+    let ffn = gate_up.dim(1)? / 2;
+    Ok((candle_nn::ops::silu(&gate_up.narrow(1, 0, ffn)?)? * gate_up.narrow(1, ffn, ffn)?)?)
+}
+
+/// Index of the largest of each row of `[rows, columns]`, the lowest of equals: u32 `[rows]`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn argmax(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu.argmax(x);
+    }
+    Ok(x.argmax(D::Minus1)?)
+}
+
+/// A norm and a projection to one decision logit per KV head.
+#[derive(Debug, Clone)]
+pub struct GateWeights {
+    /// `[hidden]`.
+    pub norm: Tensor,
+    /// Added to the mean square.
+    pub eps: f64,
+    /// `[kv_heads, hidden]`.
+    pub weight: Tensor,
+    /// `[kv_heads]`.
+    pub bias: Option<Tensor>,
+}
+
+/// `(rms_norm(x) W^T + b) * scale - offset` of `x` `[tokens, hidden]`: f32 `[tokens, kv_heads]`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn gate(x: &Tensor, weights: &GateWeights, scale: f64, offset: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu.gate(x, weights, scale, offset);
+    }
+    let y = linear(&rms_norm(x, &weights.norm, weights.eps)?, &weights.weight)?;
+    let y = match &weights.bias {
+        Some(bias) => add_bias(y, bias)?,
+        None => y,
+    };
+    Ok(y.to_dtype(DType::F32)?.affine(scale, -offset)?)
+}
+
+/// Uniform random numbers of mean 0 and deviation `std`, the same on every device.
+///
+/// # Errors
+/// Those of the tensor library: no memory.
+pub fn random(dims: &[usize], std: f64, seed: u64, dtype: DType, device: &Device) -> Result<Tensor> {
+    let width = (std * 12f64.sqrt()) as f32;
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::on(device, dtype)? {
+        return gpu.random(dims, width, seed);
+    }
+    let number = |i: u64| ((splitmix(seed, i) >> 40) as f32 / (1u32 << 24) as f32 - 0.5) * width;
+    let numbers: Vec<f32> = (0..dims.iter().product::<usize>() as u64).map(number).collect();
+    Ok(Tensor::from_vec(numbers, dims, device)?.to_dtype(dtype)?)
+}
+
+/// Where a stream of SplitMix64 is after n numbers.
+pub(crate) fn advance(state: u64, n: u64) -> u64 {
+    state.wrapping_add(n.wrapping_mul(0x9E37_79B9_7F4A_7C15))
+}
+
+/// Number n of the stream of SplitMix64 that starts at `state`.
+fn splitmix(state: u64, n: u64) -> u64 {
+    let z = advance(state, n.wrapping_add(1));
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// Rotary positions of a step's tokens.
+#[derive(Debug)]
+pub struct Rotation {
+    positions: Tensor, // u32 [tokens]
+    inv_freq: Tensor,  // f32 [head_dim / 2]
+    layout: RopeLayout,
+    dtype: DType,
+    /// Cosines and sines, `[tokens, 1, head_dim / 2]`, made if asked for: kernels compute their own.
+    tables: OnceCell<(Tensor, Tensor)>,
+}
+
+impl Rotation {
+    /// `positions`: u32 `[tokens]`; `inv_freq`: f32 `[head_dim / 2]`; `dtype`: of what will be rotated.
+    pub fn new(positions: Tensor, inv_freq: Tensor, layout: RopeLayout, dtype: DType) -> Self {
+        Self { positions, inv_freq, layout, dtype, tables: OnceCell::new() }
+    }
+
+    /// Angles are computed per step, so no table limits the context.
+    fn tables(&self) -> Result<&(Tensor, Tensor)> {
+        if let Some(known) = self.tables.get() {
+            return Ok(known);
+        }
+        let positions = self.positions.to_dtype(DType::F32)?.unsqueeze(1)?;
+        let angles = positions.broadcast_mul(&self.inv_freq.unsqueeze(0)?)?.unsqueeze(1)?;
+        let made = (angles.cos()?.to_dtype(self.dtype)?, angles.sin()?.to_dtype(self.dtype)?);
+        Ok(self.tables.get_or_init(|| made))
+    }
+
+    /// Rotates `[tokens, heads, head_dim]`: each token is a batch of one position.
+    ///
+    /// # Errors
+    /// As [`rms_norm`].
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let (cos, sin) = self.tables()?;
+        let x = x.unsqueeze(2)?.contiguous()?;
+        let turned = match self.layout {
+            RopeLayout::HalfSplit => rope(&x, cos, sin)?,
+            RopeLayout::Interleaved => rope_i(&x, cos, sin)?,
+        };
+        Ok(turned.squeeze(2)?)
+    }
+}
+
+/// What makes queries, keys and values of a projection.
+#[derive(Debug, Clone)]
+pub struct Heads {
+    /// Query heads.
+    pub q_heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Components of a head.
+    pub head_dim: usize,
+    /// `[(q_heads + 2 kv_heads) * head_dim]`.
+    pub bias: Option<Tensor>,
+    /// RMS norm of each query head, `[head_dim]`.
+    pub q_norm: Option<Tensor>,
+    /// RMS norm of each key head, `[head_dim]`.
+    pub k_norm: Option<Tensor>,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+impl Heads {
+    /// Queries `[tokens, q_heads, head_dim]`, keys and values `[tokens, kv_heads, head_dim]`, as a cache takes them, of
+    /// `qkv`, `[tokens, (q_heads + 2 kv_heads) * head_dim]`. A GPU overwrites `qkv` and gives views of it.
+    ///
+    /// # Errors
+    /// As [`rms_norm`].
+    pub fn finish(&self, qkv: Tensor, rotation: &Rotation) -> Result<[Tensor; 3]> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = Gpu::of(&qkv)? {
+            return self.split(&gpu.heads(self, qkv, rotation)?);
+        }
+        let [q, k, v] = self.before_rope(&qkv)?;
+        Ok([rotation.apply(&q)?, rotation.apply(&k)?, v])
+    }
+
+    /// The same before RoPE.
+    ///
+    /// # Errors
+    /// As [`rms_norm`].
+    pub fn before_rope(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
+        let [q, k, v] = match &self.bias {
+            Some(bias) => self.split(&qkv.broadcast_add(bias)?)?,
+            None => self.split(qkv)?,
+        };
+        let norm = |x: Tensor, weight: &Option<Tensor>| match weight {
+            Some(weight) => Ok(candle_nn::ops::rms_norm(&x.contiguous()?, weight, self.eps as f32)?),
+            None => Ok::<_, Error>(x),
+        };
+        Ok([norm(q, &self.q_norm)?, norm(k, &self.k_norm)?, v])
+    }
+
+    /// Views: a token's next head is `head_dim` further, its next token a row of the projection.
+    fn split(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
+        let (q, kv) = (self.q_heads, self.kv_heads);
+        let qkv = qkv.reshape((qkv.dim(0)?, q + 2 * kv, self.head_dim))?;
+        Ok([qkv.narrow(1, 0, q)?, qkv.narrow(1, q, kv)?, qkv.narrow(1, q + kv, kv)?])
+    }
+}
