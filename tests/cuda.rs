@@ -349,7 +349,6 @@ fn a_recorded_step_replays() {
         "h2o:budget=24,recent=8",
         "random:budget=30",
         "adakv(h2o:budget=24,recent=8)",
-        "knorm:budget=20",
         "snapkv:budget=30,window=8",
     ] {
         let policy = policy(text);
@@ -391,7 +390,7 @@ fn a_recorded_step_replays() {
             eager.run(&[vec![(0, 1, DECODE), (1, 1, DECODE)]]);
         }
         fill(prompt + 2);
-        let (graph, outputs) = cache.capture(&seqs, forward).unwrap();
+        let (graph, outputs) = cache.capture(&seqs, forward).unwrap_or_else(|error| panic!("{text}: {error}"));
         for at in prompt + 2..prompt + steps {
             if at > prompt + 2 {
                 fill(at);
