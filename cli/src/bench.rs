@@ -1,7 +1,10 @@
 //! `kvpolicy bench`: kernels and whole models on a GPU, with random weights of the exact shape.
 
+mod candle;
 mod ceilings;
+mod decode;
 mod kernels;
+mod model;
 mod ragged;
 mod timer;
 
@@ -20,11 +23,14 @@ pub(crate) struct Args {
 enum What {
     /// Decode attention over ragged rows, as an evicting policy makes them.
     Kernels(kernels::Args),
+    /// Decode of a whole model, each step one CUDA graph.
+    Decode(decode::Args),
 }
 
-pub(crate) fn run(args: &Args, _registry: &Registry) -> Result<()> {
+pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     match &args.what {
         What::Kernels(args) => kernels::run(args),
+        What::Decode(args) => decode::run(args, registry),
     }
 }
 

@@ -51,7 +51,7 @@ impl ModelArgs {
 }
 
 /// A number of bytes with an optional unit.
-fn bytes(text: &str) -> std::result::Result<u64, String> {
+pub(crate) fn bytes(text: &str) -> std::result::Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let unit = match text[digits..].trim() {
         "" | "B" => 1.0,

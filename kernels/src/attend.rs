@@ -12,7 +12,7 @@ const KEYS: u32 = 16;
 /// log2 of the entries of a decode tile.
 pub const DECODE_TILE_SHIFT: u32 = 6;
 /// Tiles of a decode block that has any: a good number on an H100.
-pub const DECODE_LEAST_TILES: u32 = 2;
+pub const DECODE_LEAST_TILES: u32 = 4;
 /// Head sizes of the tensor core kernels.
 pub const FAST_HEAD_DIMS: [u32; 5] = [64, 80, 96, 128, 256];
 
