@@ -340,8 +340,11 @@ impl KvCache {
             if every == 1 && self.policy.budget(&cx, SEEN) != self.policy.budget(&cx, 2 * SEEN) {
                 reasons.push(format!("the budget of layer {layer} grows with the tokens seen"));
             }
-            if needs.last_queries > 0 || needs.query_moments.is_some() {
-                reasons.push(format!("layer {layer} remembers queries"));
+            if needs.query_moments.is_some() {
+                reasons.push(format!("layer {layer} keeps moments of the queries, which the host counts"));
+            }
+            if needs.last_queries > 0 && every == 1 {
+                reasons.push(format!("layer {layer} looks up its newest queries at every step"));
             }
             if !reasons.is_empty() {
                 return Err(Error::Refused { policy: self.policy.to_string(), reasons });

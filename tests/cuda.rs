@@ -441,7 +441,7 @@ fn policies_that_a_graph_cannot_replay_are_refused() {
     for (text, reason) in [
         ("every(3, knorm:budget=10)", "every 3 steps"),
         ("h2o:budget=40%,recent=2", "grows with the tokens"),
-        ("expected-attention:budget=12,sinks=2,future=16", "remembers queries"),
+        ("expected-attention:budget=12,sinks=2,future=16", "moments of the queries"),
     ] {
         let mut cache =
             KvCache::new(spec.clone(), policy(text), cuda(&spec, &config(16, DType::BF16), &device).unwrap()).unwrap();

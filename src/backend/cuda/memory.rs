@@ -180,6 +180,8 @@ pub(super) struct Control {
 
 impl Control {
     pub(super) fn new(device: &Device, most_spans: usize, most_tokens: usize) -> Result<Self> {
+        // Each part begins at a multiple of 16 bytes: kernels read several words at a time.
+        let (most_spans, most_tokens) = (most_spans.next_multiple_of(4), most_tokens.next_multiple_of(4));
         let most_tiles = most_tokens; // a tile has a token
         let tensor = Tensor::zeros(5 * most_spans + 2 * most_tokens + 2 * most_tiles, DType::U32, device)?;
         Ok(Self { base: tensor_address(&tensor)?, tensor, most_spans, most_tokens })
