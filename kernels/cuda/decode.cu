@@ -1,7 +1,7 @@
 // Attention of one query a sequence over its ragged rows (split-KV flash decoding).
 //
-// All rows of the step lie end to end as tiles of 64 entries; `schedule` cut them into equal runs, one a block, so work
-// is balanced whatever the lengths and the grid never depends on them. Each of a block's four warps streams 16 entries
+// All rows of the step lie end to end as tiles of 16 entries a warp; `schedule` cut them into equal runs, one a block, so work
+// is balanced whatever the lengths and the grid never depends on them. Each of a block's warps streams 16 entries
 // of every tile through its own shared-memory stages, without a barrier, for all query heads of the group at once on
 // tensor cores. Where a row ends, the warps' softmax parts are merged; a row that spans blocks is finished by the block
 // that comes last.
@@ -26,9 +26,7 @@ struct DecodeParams {
 
 namespace {
 
-constexpr int WARPS = 4;
 constexpr int KEYS = 16; // entries of a warp's part of a tile
-constexpr int TILE = WARPS * KEYS;
 constexpr float LN2 = 0.69314718055994531f;
 
 template <int D> struct Shape {
@@ -56,7 +54,8 @@ template <int D> struct Part {
 };
 
 // Walks the tiles of a block's run, row after row.
-struct Walk {
+template <int WARPS> struct Walk {
+    static constexpr int TILE = WARPS * KEYS;
     const RowWork *rows;
     RowWork work;
     uint32_t row, tile, left; // tiles left in the run, this one included
@@ -76,9 +75,10 @@ struct Walk {
 };
 
 // Copies a warp's entries to shared memory, several tiles ahead. Lane i knows the page of the warp's part i tiles on.
-template <typename T, int D> struct Loader {
+template <typename T, int D, int WARPS> struct Loader {
+    static constexpr int TILE = WARPS * KEYS;
     const DecodeParams &p;
-    Walk walk;
+    Walk<WARPS> walk;
     uint32_t pages, known; // known: tile that lane 0's page is of
     uint32_t stages;       // address of the warp's stages
     int stage;
@@ -258,7 +258,7 @@ struct Merged {
 };
 
 // The warps' parts of a block.
-template <int D, bool HALF> __device__ Merged merge_warps(const float *parts, int g, int component) {
+template <int D, bool HALF, int WARPS> __device__ Merged merge_warps(const float *parts, int g, int component) {
     using Layout = PartLayout<D, HALF>;
     Merged merged;
 #pragma unroll
@@ -323,8 +323,8 @@ __device__ void write_result(const DecodeParams &p, const RowWork &work, int g, 
 }
 
 // The end of a block's piece of a row.
-template <typename T, int D, bool HALF>
-__device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk &walk, uint32_t first_tile,
+template <typename T, int D, bool HALF, int WARPS>
+__device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk<WARPS> &walk, uint32_t first_tile,
                        const Part<D> &part, float *shared, uint32_t *last) {
     using Layout = PartLayout<D, HALF>;
     store_part<D, HALF>(shared + threadIdx.x / 32 * Layout::FLOATS, part);
@@ -342,7 +342,7 @@ __device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk
     float *mine = piece(blockIdx.x);
     for (int i = threadIdx.x; i < rows * (D / 4); i += WARPS * 32) {
         int g = i / (D / 4), component = i % (D / 4) * 4;
-        Merged merged = merge_warps<D, HALF>(shared, g, component);
+        Merged merged = merge_warps<D, HALF, WARPS>(shared, g, component);
         if (whole) {
             write_result<T, D>(p, work, g, component, merged);
         } else {
@@ -368,7 +368,7 @@ __device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk
     __syncthreads(); // before the next row's parts overwrite these
 }
 
-template <typename T, int D, bool HALF> __device__ void decode(const DecodeParams &p) {
+template <typename T, int D, bool HALF, int WARPS> __device__ void decode(const DecodeParams &p) {
     extern __shared__ __align__(128) uint8_t memory[];
     __shared__ uint32_t last;
     constexpr int STAGES = Shape<D>::STAGES;
@@ -376,8 +376,8 @@ template <typename T, int D, bool HALF> __device__ void decode(const DecodeParam
     uint32_t stages = shared_address(memory) + threadIdx.x / 32 * STAGES * Shape<D>::STAGE_BYTES;
     const BlockWork block = p.blocks[blockIdx.x];
     if (block.tiles == 0) return;
-    Loader<T, D> loader(p, block, stages);
-    Walk walk = loader.walk;
+    Loader<T, D, WARPS> loader(p, block, stages);
+    Walk<WARPS> walk = loader.walk;
     for (int i = 0; i < STAGES - 1; i++) loader.issue();
     uint32_t q[D / 16][4];
     load_queries<T, D, HALF>(p, walk.work, q);
@@ -388,12 +388,12 @@ template <typename T, int D, bool HALF> __device__ void decode(const DecodeParam
         copy_wait<STAGES - 2>();
         __syncwarp(); // every lane has its copies, and has read the stage that the loader fills next
         loader.issue();
-        uint32_t key = walk.tile * TILE + threadIdx.x / 32 * KEYS;
+        uint32_t key = walk.tile * WARPS * KEYS + threadIdx.x / 32 * KEYS;
         if (key < walk.work.len) {
             attend_part<T, D, HALF>(p, walk.work, key, stages + stage * Shape<D>::STAGE_BYTES, q, part);
         }
         if (walk.ends_row()) {
-            finish<T, D, HALF>(p, block, walk, first_tile, part, shared, &last);
+            finish<T, D, HALF, WARPS>(p, block, walk, first_tile, part, shared, &last);
             part.clear();
             first_tile = 0;
         }
@@ -403,16 +403,19 @@ template <typename T, int D, bool HALF> __device__ void decode(const DecodeParam
 
 } // namespace
 
-#define DECODE(NAME, T, D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) decode_##NAME##_##D##_8(const DecodeParams p) {           \
-        decode<T, D, true>(p);                                                                                         \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) decode_##NAME##_##D##_16(const DecodeParams p) {          \
-        decode<T, D, false>(p);                                                                                        \
+#define DECODE(NAME, T, D, ROWS, WARPS)                                                                                \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                           \
+        decode_##NAME##_##D##_##ROWS##_##WARPS(const DecodeParams p) {                                                 \
+        decode<T, D, ROWS == 8, WARPS>(p);                                                                             \
     }
-#define DECODE_TYPES(D) DECODE(bf16, __nv_bfloat16, D) DECODE(f16, __half, D)
-DECODE_TYPES(64)
-DECODE_TYPES(80)
-DECODE_TYPES(96)
-DECODE_TYPES(128)
-DECODE_TYPES(256)
+#define DECODE_ROWS(NAME, T, D, WARPS) DECODE(NAME, T, D, 8, WARPS) DECODE(NAME, T, D, 16, WARPS)
+#define DECODE_TYPES(D, WARPS) DECODE_ROWS(bf16, __nv_bfloat16, D, WARPS) DECODE_ROWS(f16, __half, D, WARPS)
+DECODE_TYPES(64, 4)
+DECODE_TYPES(80, 4)
+DECODE_TYPES(96, 4)
+DECODE_TYPES(128, 4)
+DECODE_TYPES(256, 4)
+DECODE_TYPES(64, 8)
+DECODE_TYPES(80, 8)
+DECODE_TYPES(96, 8)
+DECODE_TYPES(128, 8)

@@ -7,12 +7,8 @@ use crate::{
 };
 use cudarc::driver::{CudaStream, DriverError};
 
-const WARPS: u32 = 4;
+/// Entries of a tile that one warp takes.
 const KEYS: u32 = 16;
-/// log2 of the entries of a decode tile.
-pub const DECODE_TILE_SHIFT: u32 = 6;
-/// Tiles of a decode block that has any: a good number on an H100.
-pub const DECODE_LEAST_TILES: u32 = 4;
 /// Head sizes of the tensor core kernels.
 pub const FAST_HEAD_DIMS: [u32; 5] = [64, 80, 96, 128, 256];
 
@@ -32,7 +28,7 @@ pub struct DecodeParams {
     pub rows: Address,
     /// [`BlockWork`](crate::BlockWork) of the layer.
     pub blocks: Address,
-    /// Scratch, [`decode_scratch`] floats.
+    /// Scratch, [`DecodeShape::scratch`] floats.
     pub parts: Address,
     /// u32 `[ceil(group / 16), row_count]`, zero before and after.
     pub arrived: Address,
@@ -90,56 +86,92 @@ pub struct PlainParams {
 
 device_repr!(DecodeParams, PlainParams);
 
-/// Query rows of a block: the group is cut into tiles of this many.
-fn decode_rows(group: u32) -> u32 {
-    if group <= 8 { 8 } else { 16 }
+/// How decode attention is cut for a model on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecodeShape {
+    group: u32,
+    head_dim: u32,
+    warps: u32,
+    /// Blocks that a multiprocessor holds at a time.
+    resident: u32,
 }
 
-/// Floats of scratch that [`Kernels::decode`] needs.
-pub fn decode_scratch(group: u32, head_dim: u32, blocks: u32) -> usize {
-    (group.div_ceil(16) * blocks * 2 * part_floats(group, head_dim)) as usize
-}
+impl DecodeShape {
+    /// `shared`: bytes of shared memory that a block may take; `shared_of_multiprocessor`: that all its blocks may take.
+    pub fn new(group: u32, head_dim: u32, shared: u32, shared_of_multiprocessor: u32) -> Self {
+        let wide = Self { group, head_dim, warps: 8, resident: 1 };
+        let shape = if head_dim <= 128 && wide.shared() <= shared { wide } else { Self { warps: 4, ..wide } };
+        shape.resident(shared_of_multiprocessor)
+    }
 
-/// Floats of the softmax part of a row: outputs, padded by 8 a row, maxima and sums.
-fn part_floats(group: u32, head_dim: u32) -> u32 {
-    decode_rows(group) * (head_dim + 10)
-}
+    /// The same with another number of warps, 4 or 8 (up to head size 128).
+    pub fn with_warps(self, warps: u32, shared_of_multiprocessor: u32) -> Self {
+        Self { warps, ..self }.resident(shared_of_multiprocessor)
+    }
 
-/// Shared memory of a decode block in bytes.
-fn decode_shared(group: u32, head_dim: u32) -> u32 {
-    let stages = match head_dim {
-        ..=64 => 4,
-        ..=96 => 3,
-        _ => 2,
-    };
-    WARPS * (stages * 2 * KEYS * head_dim * 2 + part_floats(group, head_dim) * 4)
-}
+    fn resident(self, shared_of_multiprocessor: u32) -> Self {
+        let by_registers = if self.head_dim <= 64 { 16 } else { 12 } / self.warps;
+        Self { resident: (shared_of_multiprocessor / (self.shared() + 1024)).clamp(1, by_registers), ..self }
+    }
 
-/// Blocks of the decode kernel that one multiprocessor holds at a time, by its shared memory in bytes.
-pub fn decode_blocks_per_multiprocessor(group: u32, head_dim: u32, shared: u32) -> u32 {
-    let most = if head_dim <= 64 { 4 } else { 3 }; // by registers
-    (shared / (decode_shared(group, head_dim) + 1024)).clamp(1, most)
+    /// Blocks that a multiprocessor holds at a time.
+    pub fn blocks_per_multiprocessor(self) -> u32 {
+        self.resident
+    }
+
+    /// log2 of the entries of a tile.
+    pub fn tile_shift(self) -> u32 {
+        (self.warps * KEYS).ilog2()
+    }
+
+    /// Tiles of a block that has any.
+    pub fn least_tiles(self) -> u32 {
+        256 / (self.warps * KEYS)
+    }
+
+    /// Query rows of a block: the group is cut into tiles of this many.
+    fn rows(self) -> u32 {
+        if self.group <= 8 { 8 } else { 16 }
+    }
+
+    /// Floats of the softmax part of a row: outputs, padded by 8 a row, maxima and sums.
+    fn part_floats(self) -> u32 {
+        self.rows() * (self.head_dim + 10)
+    }
+
+    /// Floats of scratch for this many blocks.
+    pub fn scratch(self, blocks: u32) -> usize {
+        (self.group.div_ceil(16) * blocks * 2 * self.part_floats()) as usize
+    }
+
+    /// Shared memory of a block in bytes.
+    fn shared(self) -> u32 {
+        let stages = match self.head_dim {
+            ..=64 => 4,
+            ..=96 => 3,
+            _ => 2,
+        };
+        self.warps * (stages * 2 * KEYS * self.head_dim * 2 + self.part_floats() * 4)
+    }
 }
 
 impl Kernels {
     /// Attention of the spans of one token. `blocks` as in the schedule. For f16 and bf16 of [`FAST_HEAD_DIMS`].
     ///
     /// # Safety
-    /// Every address is good and of the size its field says; queries and store are of `dtype`.
+    /// Every address is good and of the size its field says; queries and store are of `dtype`; `shape` is the model's.
     pub unsafe fn decode(
         &self,
         stream: &CudaStream,
         dtype: Dtype,
+        shape: DecodeShape,
         blocks: u32,
         params: &DecodeParams,
     ) -> Result<(), DriverError> {
-        let head_dim = params.store.head_dim;
-        let name = format!("decode_{}_{head_dim}_{}", dtype.suffix(), decode_rows(params.group));
-        let launch = Launch {
-            grid: (blocks, params.group.div_ceil(16), 1),
-            threads: WARPS * 32,
-            shared: decode_shared(params.group, head_dim),
-        };
+        let DecodeShape { head_dim, warps, .. } = shape;
+        let name = format!("decode_{}_{head_dim}_{}_{warps}", dtype.suffix(), shape.rows());
+        let launch =
+            Launch { grid: (blocks, params.group.div_ceil(16), 1), threads: warps * 32, shared: shape.shared() };
         // SAFETY: the caller's.
         unsafe { self.launch(stream, ("decode", &name), launch, params) }
     }

@@ -19,10 +19,7 @@ mod store;
 mod trim;
 
 pub use append::{AppendParams, Marks};
-pub use attend::{
-    DECODE_LEAST_TILES, DECODE_TILE_SHIFT, DecodeParams, FAST_HEAD_DIMS, PlainParams, decode_blocks_per_multiprocessor,
-    decode_scratch,
-};
+pub use attend::{DecodeParams, DecodeShape, FAST_HEAD_DIMS, PlainParams};
 pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, ScatterParams};
 pub use mass::{MASS_TILE, MassParams};
 pub use model::{AddBias, Argmax, Draw, Fill, Gate, Heads, Matvec, RmsNorm, SiluMul, Threshold};

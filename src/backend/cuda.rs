@@ -23,9 +23,8 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DriverError, sys};
 use kvpolicy_kernels::{
-    self as kernels, AppendParams, DECODE_LEAST_TILES, DECODE_TILE_SHIFT, DecodeParams, Dtype, FAST_HEAD_DIMS, Kernels,
-    LayerPlan, MASS_TILE, Marks, MassParams, PlainParams, PlanParams, PrefillParams, PrefillShape, Ring, RowWork,
-    ScheduleParams,
+    self as kernels, AppendParams, DecodeParams, DecodeShape, Dtype, FAST_HEAD_DIMS, Kernels, LayerPlan, MASS_TILE,
+    Marks, MassParams, PlainParams, PlanParams, PrefillParams, PrefillShape, Ring, RowWork, ScheduleParams,
 };
 use memory::{Control, Layout, Memory, Readback, Staging, address, output, scratch, tensor_address, zeros};
 use std::{collections::HashMap, sync::Arc};
@@ -145,6 +144,7 @@ struct Cuda {
 /// What decode attention needs beside the store.
 #[derive(Debug)]
 struct DecodeScratch {
+    shape: DecodeShape,
     blocks: u32,
     max_rows: usize,
     rows: CudaSlice<RowWork>,            // [layers, max_rows]
@@ -158,16 +158,18 @@ impl DecodeScratch {
         use sys::CUdevice_attribute as Attribute;
         let attribute = |which| stream.context().attribute(which).map_err(driver("asking the device"));
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32;
-        let (group, d) = (spec.group() as u32, spec.head_dim as u32);
-        let blocks = multiprocessors * kernels::decode_blocks_per_multiprocessor(group, d, shared);
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
+        let all_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32;
+        let shape = DecodeShape::new(spec.group() as u32, spec.head_dim as u32, shared, all_shared);
+        let blocks = multiprocessors * shape.blocks_per_multiprocessor();
         let max_rows = seats * spec.kv_heads;
         Ok(Self {
+            shape,
             blocks,
             max_rows,
             rows: scratch(stream, spec.layers * max_rows)?,
             work: scratch(stream, spec.layers * blocks as usize)?,
-            parts: scratch(stream, kernels::decode_scratch(group, d, blocks))?,
+            parts: scratch(stream, shape.scratch(blocks))?,
             arrived: zeros(stream, spec.group().div_ceil(16) * max_rows)?,
         })
     }
@@ -322,8 +324,8 @@ impl Cuda {
             max_rows: self.decode.max_rows as u32,
             block_count: self.decode.blocks,
             first_layer: first_layer as u32,
-            tile_shift: DECODE_TILE_SHIFT,
-            least_tiles: DECODE_LEAST_TILES,
+            tile_shift: self.decode.shape.tile_shift(),
+            least_tiles: self.decode.shape.least_tiles(),
         };
         // SAFETY: as in `plan`.
         unsafe { self.kernels.schedule(&self.stream, &params, layers as u32) }.map_err(driver("scheduling attention"))
@@ -391,7 +393,7 @@ impl Cuda {
             check_marks: self.layers[layer].check_marks as u32,
         };
         // SAFETY: the schedule covers this layer and step; scratch has the sizes it asks for; `y` is as large as `q`.
-        unsafe { self.kernels.decode(&self.stream, self.element(), scratch.blocks, &params) }
+        unsafe { self.kernels.decode(&self.stream, self.element(), scratch.shape, scratch.blocks, &params) }
             .map_err(driver("decode attention"))
     }
 

@@ -3,7 +3,7 @@
 use super::{
     Time,
     ceilings::Ceilings,
-    ragged::{Heads, Ragged},
+    ragged::{Heads, Ragged, Tuning},
     timer::{time, time_graph},
 };
 use anyhow::{Context, Result};
@@ -27,12 +27,8 @@ pub(crate) struct Args {
     /// Entries of a page.
     #[arg(long, default_value_t = 32)]
     page_size: usize,
-    /// Blocks of the kernel per multiprocessor; by default as many as fit.
-    #[arg(long)]
-    blocks: Option<u32>,
-    /// Tiles of 64 entries that a block has at the least.
-    #[arg(long, default_value_t = kvpolicy_kernels::DECODE_LEAST_TILES)]
-    least_tiles: u32,
+    #[command(flatten)]
+    tuning: Tuning,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -62,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         for &context in &args.context {
             for &batch in &args.batch {
                 let mean = context as f64 / args.compression;
-                let ragged = Ragged::new(&stream, heads, batch, mean, args.page_size, args.blocks, args.least_tiles)?;
+                let ragged = Ragged::new(&stream, heads, batch, mean, args.page_size, args.tuning)?;
                 let schedule = time(&stream, (3, 20), 1, || ragged.schedule())?;
                 let attention = time_graph(&stream, (3, 30), ragged.layers, || {
                     (0..ragged.layers).try_for_each(|layer| ragged.attend(layer))

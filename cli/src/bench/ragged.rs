@@ -4,8 +4,7 @@ use anyhow::Result;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 use kvpolicy_kernels::{
-    BlockWork, Counters, DECODE_TILE_SHIFT, DecodeParams, Dtype, Kernels, Protect, RowWork, ScheduleParams, Span,
-    Store, decode_blocks_per_multiprocessor, decode_scratch,
+    BlockWork, Counters, DecodeParams, DecodeShape, Dtype, Kernels, Protect, RowWork, ScheduleParams, Span, Store,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use std::sync::Arc;
@@ -16,6 +15,20 @@ pub(crate) struct Heads {
     pub(crate) q: usize,
     pub(crate) kv: usize,
     pub(crate) dim: usize,
+}
+
+/// What the kernel chooses by itself, to be tried otherwise.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct Tuning {
+    /// Blocks of the kernel per multiprocessor.
+    #[arg(long)]
+    pub(crate) blocks: Option<u32>,
+    /// Warps of a block, 4 or 8.
+    #[arg(long)]
+    pub(crate) warps: Option<u32>,
+    /// Tiles that a block has at the least.
+    #[arg(long)]
+    pub(crate) least_tiles: Option<u32>,
 }
 
 /// One decode step's attention over `layers` layers of ragged rows.
@@ -29,6 +42,7 @@ pub(crate) struct Ragged {
     /// Entries of all rows of a layer, mean over the layers.
     pub(crate) entries: f64,
     blocks: u32,
+    shape: DecodeShape,
     least_tiles: u32,
     u32s: Vec<CudaSlice<u32>>,
     _planes: [CudaSlice<bf16>; 2],
@@ -62,8 +76,7 @@ impl Ragged {
         batch: usize,
         mean: f64,
         page_size: usize,
-        blocks_per_multiprocessor: Option<u32>,
-        least_tiles: u32,
+        tuning: Tuning,
     ) -> Result<Self> {
         let kernels = Kernels::of(stream.context())?;
         let layer_bytes = batch as f64 * heads.kv as f64 * mean * (4 * heads.dim) as f64;
@@ -86,11 +99,14 @@ impl Ragged {
         let planes = [plane()?, plane()?];
         let width = heads.q * heads.dim;
         let group = (heads.q / heads.kv) as u32;
-        let shared = cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR;
-        let count = cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let (shared, count) = (stream.context().attribute(shared)? as u32, stream.context().attribute(count)? as u32);
-        let resident = decode_blocks_per_multiprocessor(group, heads.dim as u32, shared);
-        let blocks = count * blocks_per_multiprocessor.unwrap_or(resident);
+        use cudarc::driver::sys::CUdevice_attribute as Attribute;
+        let attribute = |which| -> Result<u32> { Ok(stream.context().attribute(which)? as u32) };
+        let all_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let shape = DecodeShape::new(group, heads.dim as u32, shared, all_shared);
+        let shape = tuning.warps.map_or(shape, |warps| shape.with_warps(warps, all_shared));
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let blocks = multiprocessors * tuning.blocks.unwrap_or(shape.blocks_per_multiprocessor());
         let (table, lens_on_device) = (stream.clone_htod(&table)?, stream.clone_htod(&lens)?);
         let singles: Vec<u32> = (0..batch as u32).collect();
         let spans: Vec<Span> = singles.iter().map(|&i| Span { seat: i, start: 1 << 20, len: 1, first: i }).collect();
@@ -122,12 +138,13 @@ impl Ragged {
             layers,
             entries: lens.iter().map(|&len| len as f64).sum::<f64>() / layers as f64,
             blocks,
-            least_tiles,
+            shape,
+            least_tiles: tuning.least_tiles.unwrap_or(shape.least_tiles()),
             u32s: vec![table, lens_on_device, singles, positions, arrived],
             _planes: planes,
             q: random(stream, batch * width)?,
             y: stream.alloc_zeros(batch * width)?,
-            parts: stream.alloc_zeros(decode_scratch(group, heads.dim as u32, blocks))?,
+            parts: stream.alloc_zeros(shape.scratch(blocks))?,
             rows: stream.alloc_zeros(rows)?,
             work: stream.alloc_zeros(layers * blocks as usize)?,
             spans: stream.clone_htod(&spans)?,
@@ -151,7 +168,7 @@ impl Ragged {
             max_rows: (self.batch * self.heads.kv) as u32,
             block_count: self.blocks,
             first_layer: 0,
-            tile_shift: DECODE_TILE_SHIFT,
+            tile_shift: self.shape.tile_shift(),
             least_tiles: self.least_tiles,
         };
         // SAFETY: every buffer was made for this shape.
@@ -180,7 +197,7 @@ impl Ragged {
             check_marks: 0,
         };
         // SAFETY: as above; the schedule was made.
-        Ok(unsafe { self.kernels.decode(&self.stream, Dtype::Bf16, self.blocks, &params) }?)
+        Ok(unsafe { self.kernels.decode(&self.stream, Dtype::Bf16, self.shape, self.blocks, &params) }?)
     }
 }
 
