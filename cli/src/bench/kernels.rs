@@ -60,8 +60,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 let mean = context as f64 / args.compression;
                 let ragged = Ragged::new(&stream, heads, batch, mean, args.page_size, args.tuning)?;
                 let schedule = time(&stream, (3, 20), 1, || ragged.schedule())?;
-                let attention = time_graph(&stream, (3, 30), ragged.layers, || {
-                    (0..ragged.layers).try_for_each(|layer| ragged.attend(layer))
+                let launches = ragged.layers.max(16);
+                let attention = time_graph(&stream, (3, 30), launches, || {
+                    (0..launches).try_for_each(|i| ragged.attend(i % ragged.layers))
                 })?;
                 let gb_s = ragged.bytes() / attention.median_us / 1e3;
                 rows.push(Row {

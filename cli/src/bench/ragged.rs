@@ -26,6 +26,9 @@ pub(crate) struct Tuning {
     /// Warps of a block, 4 or 8.
     #[arg(long)]
     pub(crate) warps: Option<u32>,
+    /// Layers of keys and values that are read in turn; by default as many as leave nothing in the cache.
+    #[arg(long)]
+    pub(crate) layers: Option<usize>,
     /// Tiles that a block has at the least.
     #[arg(long)]
     pub(crate) least_tiles: Option<u32>,
@@ -80,7 +83,8 @@ impl Ragged {
     ) -> Result<Self> {
         let kernels = Kernels::of(stream.context())?;
         let layer_bytes = batch as f64 * heads.kv as f64 * mean * (4 * heads.dim) as f64;
-        let layers = ((400e6 / layer_bytes).ceil() as usize).clamp(2, 64);
+        let cold = ((400e6 / layer_bytes).ceil() as usize).clamp(2, 64);
+        let layers = tuning.layers.unwrap_or(cold);
         let rows = layers * batch * heads.kv;
         let mut rng = StdRng::seed_from_u64(1);
         let lens = lengths(&mut rng, rows, mean);
