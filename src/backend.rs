@@ -77,6 +77,8 @@ pub enum Tap {
     Mass {
         /// 1 for a running sum, 0 for the newest query alone.
         decay: f32,
+        /// The mean over the layer's query heads in place of the sum over each group.
+        layer: bool,
     },
 }
 

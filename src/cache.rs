@@ -55,11 +55,15 @@ impl KvCache {
         if sources(&needs).len() > 1 {
             reasons.push(TWO_SOURCES.into());
         }
+        if needs.iter().any(|n| n.layer_mass && n.attn_mass != Some(0.0)) {
+            reasons.push("the mass of a whole layer is that of the newest query: it needs attn_mass of 0".into());
+        }
         reasons.extend(backend.prepare(&spec, &needs));
         if !reasons.is_empty() {
             return refuse(reasons);
         }
-        let taps = needs.iter().map(|n| n.attn_mass.map_or(Tap::None, |decay| Tap::Mass { decay })).collect();
+        let tap = |n: &Needs| n.attn_mass.map_or(Tap::None, |decay| Tap::Mass { decay, layer: n.layer_mass });
+        let taps = needs.iter().map(tap).collect();
         Ok(Self { spec, policy, backend, taps, sequences: HashMap::new(), next: 0, stats: Stats::default() })
     }
 

@@ -55,6 +55,9 @@ pub struct Needs {
     /// Accumulate softmax mass per held entry, summed over the GQA group: with each query,
     /// `score = decay * score + mass`. 1 is a running sum, 0 the newest query alone.
     pub attn_mass: Option<f32>,
+    /// Take the mean of that mass over all query heads of the layer instead, the same for each KV head: for a policy whose
+    /// heads hold the same positions, with a decay of 0.
+    pub layer_mass: bool,
     /// Learned eviction logits from the model (DMS).
     pub gates: Option<GateSource>,
     /// Remember the newest n queries of each sequence.

@@ -349,6 +349,7 @@ fn a_recorded_step_replays() {
         "h2o:budget=24,recent=8",
         "random:budget=30",
         "adakv(h2o:budget=24,recent=8)",
+        "tova:budget=20",
         "snapkv:budget=30,window=8",
     ] {
         let policy = policy(text);

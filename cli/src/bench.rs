@@ -5,6 +5,7 @@ mod ceilings;
 mod decode;
 mod kernels;
 mod model;
+mod prefill;
 mod ragged;
 mod timer;
 
@@ -25,12 +26,15 @@ enum What {
     Kernels(kernels::Args),
     /// Decode of a whole model, each step one CUDA graph.
     Decode(decode::Args),
+    /// Attention of a prompt, with append and eviction.
+    Prefill(prefill::Args),
 }
 
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     match &args.what {
         What::Kernels(args) => kernels::run(args),
         What::Decode(args) => decode::run(args, registry),
+        What::Prefill(args) => prefill::run(args, registry),
     }
 }
 

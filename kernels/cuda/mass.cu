@@ -234,3 +234,23 @@ MASSES(256, 2)
 extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_f32(const MassParams p) { mass_plain<float>(p); }
 extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_f16(const MassParams p) { mass_plain<__half>(p); }
 extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_bf16(const MassParams p) { mass_plain<__nv_bfloat16>(p); }
+
+struct LayerMassParams {
+    Store store;
+    const Span *spans;
+    uint32_t layer, q_heads;
+};
+
+// The scores of a sequence's rows in one layer become their sum over the number of query heads. The rows hold the same
+// positions in the same slots.
+extern "C" __global__ void layer_mass(const LayerMassParams p) {
+    const Store &store = p.store;
+    uint32_t slot = blockIdx.x * blockDim.x + threadIdx.x, seat = p.spans[blockIdx.y].seat;
+    uint32_t row = store.row(p.layer, seat, 0);
+    if (slot >= store.len[row]) return;
+    float sum = 0.0f;
+    for (uint32_t head = 0; head < store.heads; head++) sum += store.score[store.entry(row + head, slot)];
+    for (uint32_t head = 0; head < store.heads; head++) {
+        store.score[store.entry(row + head, slot)] = sum / (float)p.q_heads;
+    }
+}

@@ -43,7 +43,35 @@ device_repr!(MassParams);
 /// Entries of a row that a thread block takes.
 pub const MASS_TILE: u32 = 128;
 
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct LayerMassParams {
+    store: Store,
+    spans: Address,
+    layer: u32,
+    q_heads: u32,
+}
+
+device_repr!(LayerMassParams);
+
 impl Kernels {
+    /// Makes the scores of each span's rows in a layer their sum over the number of query heads. `params`: as for
+    /// [`Kernels::mass`], which comes before.
+    ///
+    /// # Safety
+    /// As for [`Kernels::mass`]; the rows of a span are equally long.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub unsafe fn layer_mass(&self, stream: &CudaStream, params: &MassParams) -> Result<(), DriverError> {
+        let &MassParams { store, spans, layer, q_heads, span_count, max_tiles, .. } = params;
+        let launch = Launch { grid: (max_tiles, span_count, 1), threads: MASS_TILE, shared: 0 };
+        // SAFETY: the caller's.
+        unsafe {
+            self.launch(stream, ("mass", "layer_mass"), launch, &LayerMassParams { store, spans, layer, q_heads })
+        }
+    }
+
     /// With each query of each span in order: `score = decay * score + softmax mass, summed over the GQA group`.
     ///
     /// # Safety

@@ -355,15 +355,26 @@ impl<E: Element> Storage for Cpu<E> {
 
 impl<E: Element> Capture for Cpu<E> {}
 
+/// The rows of each sequence, one a KV head, replaced by their sum over `q_heads`. They hold the same positions in the
+/// same slots.
+fn mean_over_heads(mass: Vec<Vec<f32>>, heads: usize, q_heads: usize) -> Vec<Vec<f32>> {
+    let mean = |rows: &[Vec<f32>]| -> Vec<f32> {
+        let slots = rows.iter().map(Vec::len).min().unwrap_or(0);
+        (0..slots).map(|slot| rows.iter().map(|row| row[slot]).sum::<f32>() / q_heads as f32).collect()
+    };
+    mass.chunks(heads).flat_map(|rows| vec![mean(rows); heads]).collect()
+}
+
 impl<E: Element> Attention for Cpu<E> {
     fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor> {
         let (y, mass) = {
             let queries: Vec<f32> = q.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
             attend::attend(self, layer, spans, &queries, protect, tap)
         };
-        if let Tap::Mass { decay } = tap {
+        if let Tap::Mass { decay, layer: whole } = tap {
+            let heads = self.spec.kv_heads;
+            let mass = if whole { mean_over_heads(mass, heads, self.spec.q_heads) } else { mass };
             for (i, span) in spans.iter().enumerate() {
-                let heads = self.spec.kv_heads;
                 let fade = decay.powi(span.len as i32);
                 self.on_rows(layer, span.seq, |pool, head, row| row.add_scores(pool, fade, &mass[i * heads + head]));
             }

@@ -461,7 +461,7 @@ impl Cuda {
         unsafe { self.kernels.prefill(&self.stream, self.element(), &params) }.map_err(driver("prefill attention"))
     }
 
-    fn add_mass(
+    fn mass_params(
         &self,
         layer: usize,
         spans: &[Span],
@@ -469,9 +469,9 @@ impl Cuda {
         lse: u64,
         protect: Protect,
         decay: f32,
-    ) -> Result<()> {
+    ) -> MassParams {
         let longest = self.bound(layer, spans).max(1) as u32;
-        let params = MassParams {
+        MassParams {
             store: self.memory.store,
             q: q.address,
             lse,
@@ -484,9 +484,7 @@ impl Cuda {
             scale: 1.0 / (self.spec.head_dim as f32).sqrt(),
             decay,
             protect: device_protect(protect),
-        };
-        // SAFETY: attention has written `lse`; no row is longer than its bound.
-        unsafe { self.kernels.mass(&self.stream, self.element(), &params) }.map_err(driver("attention mass"))
+        }
     }
 
     /// Takes over failures that have arrived.
@@ -761,8 +759,14 @@ impl Attention for Cuda {
         } else {
             self.attend_plain(layer, &heads, &y, lse, protect, 2)?;
         }
-        if let Tap::Mass { decay } = tap {
-            self.add_mass(layer, spans, &heads, lse, protect, decay)?;
+        if let Tap::Mass { decay, layer: whole } = tap {
+            let params = self.mass_params(layer, spans, &heads, lse, protect, decay);
+            // SAFETY: attention has written `lse`; no row is longer than its bound.
+            unsafe { self.kernels.mass(&self.stream, self.element(), &params) }.map_err(driver("attention mass"))?;
+            if whole {
+                // SAFETY: as above; the policy holds the same positions in each head.
+                unsafe { self.kernels.layer_mass(&self.stream, &params) }.map_err(driver("mass of a layer"))?;
+            }
         }
         Ok(y.to_dtype(q.dtype())?)
     }

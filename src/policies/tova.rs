@@ -1,4 +1,4 @@
-use crate::{error::Result, params::Amount, policy::*};
+use crate::{params::Amount, policy::*};
 
 crate::policy_params! {
     /// Token Omission Via Attention: drops what the newest query looks at least.
@@ -17,7 +17,7 @@ impl Policy for Tova {
     }
 
     fn needs(&self, _: &LayerCx) -> Needs {
-        Needs { attn_mass: Some(0.0), ..Needs::default() } // only the newest query counts
+        Needs { attn_mass: Some(0.0), layer_mass: true, ..Needs::default() } // only the newest query counts
     }
 
     fn protect(&self, _: &LayerCx) -> Protect {
@@ -30,15 +30,6 @@ impl Policy for Tova {
 
     fn when(&self, _: &LayerCx) -> When {
         When::ALWAYS
-    }
-
-    fn score(&self, cx: &LayerCx, held: &dyn Held) -> Result<Score> {
-        let mass = held.scores()?; // summed over the group
-        let (rows, len) = mass.dims2()?;
-        let heads = cx.spec.kv_heads;
-        let by_layer = mass.reshape((rows / heads, heads, len))?.sum_keepdim(1)?;
-        let mean = (by_layer / cx.spec.q_heads as f64)?;
-        Ok(Score::Dense(mean.broadcast_as((rows / heads, heads, len))?.contiguous()?.reshape((rows, len))?))
     }
 
     fn same_for_all_heads(&self) -> bool {

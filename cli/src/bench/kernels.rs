@@ -87,7 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn heads(text: &str) -> Result<Heads> {
+pub(crate) fn heads(text: &str) -> Result<Heads> {
     let numbers: Option<Vec<usize>> = text.split('x').map(|n| n.parse().ok()).collect();
     match numbers.as_deref() {
         Some(&[q, kv, dim]) if kv > 0 && q % kv == 0 => Some(Heads { q, kv, dim }),

@@ -68,7 +68,7 @@ pub(super) fn attend<E: Element>(
     let (decode, prefill): (Vec<&Job>, Vec<&Job>) = jobs.iter().partition(|job| job.span.len == 1);
     layer.decode(&decode, &mut output, tap, &mut mass);
     layer.prefill(&prefill, &mut output);
-    if let Tap::Mass { decay } = tap {
+    if let Tap::Mass { decay, .. } = tap {
         layer.prefill_mass(&prefill, &output.lse, decay, &mut mass);
     }
     (output.y, mass)
