@@ -108,8 +108,8 @@ fn part_floats(group: u32, head_dim: u32) -> u32 {
 /// Shared memory of a decode block in bytes.
 fn decode_shared(group: u32, head_dim: u32) -> u32 {
     let stages = match head_dim {
-        ..=64 => 4,
-        ..=96 => 3,
+        0..=64 => 4,
+        65..=96 => 3,
         _ => 2,
     };
     WARPS * (stages * 2 * KEYS * head_dim * 2 + part_floats(group, head_dim) * 4)
