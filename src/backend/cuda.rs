@@ -35,7 +35,7 @@ use std::{collections::HashMap, sync::Arc};
 pub struct CudaConfig {
     /// Entries of one KV head per page: 16, 32, 64 or 128. Never changes a result beyond rounding.
     pub page_size: usize,
-    /// Bytes of the pool, reserved at once; `None` for half of what is free.
+    /// Bytes of the pool, reserved at once, but no more than full rows take; `None` for half of what is free.
     pub limit_bytes: Option<u64>,
     /// Type of stored keys and values: f32, f16 or bf16.
     pub dtype: DType,
@@ -200,7 +200,10 @@ impl Cuda {
         let kernels = Kernels::of(stream.context()).map_err(driver("loading kernels"))?;
         let limit = match config.limit_bytes {
             Some(limit) => limit,
-            None => stream.context().mem_get_info().map_err(driver("asking for free memory"))?.0 as u64 / 2,
+            None => {
+                stream.synchronize().map_err(driver("waiting for the device"))?; // what was given back is free from here on
+                stream.context().mem_get_info().map_err(driver("asking for free memory"))?.0 as u64 / 2
+            }
         };
         let seats = config.max_sequences;
         let CudaConfig { page_size, max_entries, dtype, .. } = *config;
