@@ -178,7 +178,7 @@ impl Lm {
     }
 
     /// One sequence under a policy; its entries are where the model is. A GPU is best taken from
-    /// [`cuda_device`](kvpolicy::cuda_device).
+    /// `kvpolicy::cuda_device`.
     ///
     /// # Errors
     /// Every reason why the policy cannot run on this model.
