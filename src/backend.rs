@@ -54,13 +54,13 @@ pub trait Storage {
     /// Gives back everything of a sequence; does nothing for one that holds nothing.
     fn release(&mut self, seq: SeqId);
     /// Those of the spans' sequences that were dropped, each with its reason, once. They stay empty until released. A
-    /// device that the host does not wait for may name one some decode steps late.
+    /// device that the host does not wait for may name one some steps late, but names it where a prompt ends.
     fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)>;
     /// Waits until everything asked of the device so far is done, so that failures and usage are of this moment.
     fn wait(&mut self) -> Result<()> {
         Ok(())
     }
-    /// What the store holds; on a device that the host does not wait for, some decode steps ago.
+    /// What the store holds; on a device that the host does not wait for, as of some steps ago.
     fn usage(&self) -> Usage;
     /// Entries each KV head of a layer holds for a sequence. For inspection: may wait for the device.
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize>;

@@ -235,8 +235,8 @@ impl KvCache {
     }
 
     /// Ends a step. Returns the sequences that were dropped because the pool had no page left; every other sequence is as
-    /// if they had not been there. Release them. On a device that the host does not wait for, a sequence that was dropped
-    /// while it decoded may be named some steps late; [`wait`](Self::wait) asks at once.
+    /// if they had not been there. Release them. On a device that the host does not wait for, a sequence may be
+    /// named some steps late, but before the end of a step that ends a prompt; [`wait`](Self::wait) asks at once.
     pub fn end(&mut self, step: Step) -> Vec<(SeqId, Error)> {
         let failures = self.backend.take_failures(step.spans());
         for span in step.spans() {

@@ -87,6 +87,7 @@ fn streams(spec: &ModelSpec, lens: &[usize], dtype: DType) -> Vec<Stream> {
     lens.iter().enumerate().map(|(i, &len)| rounded(&Stream::random(spec, len, 100 + i as u64), dtype)).collect()
 }
 
+#[allow(clippy::too_many_arguments)] // the axes of one comparison
 fn run_both(
     device: &Device,
     spec: &ModelSpec,
@@ -187,8 +188,8 @@ fn page_size_and_chunks_never_matter() {
     let stream = rounded(&Stream::random(&spec, 200, 5), DType::BF16);
     for text in MARKING {
         let run = |page_size, moves: Vec<Move>| {
-            let mut play =
-                on_gpu(&device, &spec, policy(text), &config(page_size, DType::BF16)).with(&[stream.clone()]);
+            let mut play = on_gpu(&device, &spec, policy(text), &config(page_size, DType::BF16))
+                .with(std::slice::from_ref(&stream));
             let script: Vec<Work> = moves.into_iter().map(|(len, phase)| vec![(0, len, phase)]).collect();
             play.run(&script);
             (play.rows(0), play.actors[0].y.concat())
@@ -229,10 +230,11 @@ fn the_sequence_without_room_is_dropped_and_the_others_do_not_notice() {
         alone.run(&steps(None));
         for (step, place) in [(0, 0), (0, 2), (3, 1)] {
             let tight = CudaConfig { limit_bytes: Some(40 * page_bytes), ..roomy.clone() };
-            let mut play = on_gpu(&device, &spec, policy(text), &tight).with(&small).with(&[large.clone()]);
+            let mut play = on_gpu(&device, &spec, policy(text), &tight).with(&small).with(std::slice::from_ref(&large));
             let seq = play.actors[2].seq;
             for (i, work) in steps(Some((step, place))).iter().enumerate() {
-                let failures = play.step(work);
+                let mut failures = play.step(work);
+                failures.extend(play.cache.wait().unwrap());
                 if i == step {
                     assert!(
                         matches!(&failures[..], [(who, Error::PoolExhausted { seq: named, .. })] if *who == seq && *named == seq),

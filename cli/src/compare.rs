@@ -1,5 +1,5 @@
 use crate::{
-    model::ModelArgs,
+    model::{ModelArgs, device_name},
     table::{self, read_text},
 };
 use anyhow::{Context, Result, ensure};
@@ -55,12 +55,14 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         registry.parse(text)?;
     }
     let text = read_text(&args.text)?;
-    let hosted = args.model.load()?;
+    let mut hosted = args.model.load()?;
+    // Text that is cut and put together again may make a few tokens more.
+    args.model.reach(&mut hosted, args.context.iter().max().unwrap_or(&0).saturating_add(1024));
     let groups = compare::task_groups(&tasks);
     let cells = args.context.iter().flat_map(|&context| groups.iter().map(move |tasks| (context, tasks.clone())));
     let contests = cells.map(|(context, tasks)| contest(args, registry, &hosted, &policies, context, tasks));
     let plan = Plan { contests: contests.collect::<Result<_>>()?, samples: args.samples, seed: args.seed, text };
-    check(&plan, &hosted)?;
+    check(&plan, &hosted, args.model.allow_long)?;
 
     let mut progress = Bar::new(args.out.as_deref())?;
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -68,7 +70,7 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     progress.finish()?;
     println!("{}", table::comparison(&rows, &tasks));
     if let Some(dir) = &args.out {
-        let report = report(args, &hosted, &plan, started, rows)?;
+        let report = report(&hosted, &plan, started, rows)?;
         write_json(&dir.join("results.json"), &report)?;
         eprintln!("{} and samples.jsonl written", dir.join("results.json").display());
     }
@@ -103,22 +105,22 @@ fn contest(
 }
 
 /// What would fail after minutes fails now.
-fn check(plan: &Plan, hosted: &Hosted) -> Result<()> {
+fn check(plan: &Plan, hosted: &Hosted, allow_long: bool) -> Result<()> {
     let most = hosted.max_context();
     for contest in &plan.contests {
         let context = contest.context;
         ensure!(
-            context <= most || hosted.allow_long,
+            context <= most || allow_long,
             "context={context} exceeds the {most} tokens the model was made for; allow it with --allow-long"
         );
         for contender in &contest.contenders {
-            hosted.lm.session(contender.policy.clone(), &hosted.store)?;
+            hosted.lm.session(contender.policy.clone(), &hosted.options)?;
         }
     }
     Ok(())
 }
 
-fn report(args: &Args, hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<compare::Row>) -> Result<Report> {
+fn report(hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<compare::Row>) -> Result<Report> {
     Ok(Report {
         schema: SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_string(),
@@ -127,14 +129,14 @@ fn report(args: &Args, hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<com
         model: hosted.lm.name().to_string(),
         model_sha256: hosted.lm.sha256()?,
         dtype: hosted.lm.dtype().as_str().to_string(),
-        kv_dtype: args.model.kv_dtype.dtype().as_str().to_string(),
+        kv_dtype: hosted.options.kv_dtype(hosted.lm.model()).as_str().to_string(),
         text_sha256: Sha256::digest(plan.text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect(),
         seed: plan.seed,
         host: Host {
             platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             cpu: cpu_name(),
             threads: rayon::current_num_threads(),
-            device: "cpu".into(),
+            device: device_name(hosted.lm.model().device())?,
         },
         rows,
     })

@@ -33,12 +33,13 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         (None, None) => anyhow::bail!("nothing to say: give --prompt or --prompt-file"),
     };
     anyhow::ensure!(!prompt.trim().is_empty(), "the prompt is empty");
-    let hosted = args.model.load()?;
+    let mut hosted = args.model.load()?;
     let text = if args.raw { prompt } else { hosted.chat(&prompt).map_err(anyhow::Error::from_boxed)? };
+    let tokens = hosted.lm.tokenizer().encode(&text)?;
+    args.model.reach(&mut hosted, tokens.len().saturating_add(args.max_tokens));
     let tokenizer = hosted.lm.tokenizer();
-    let tokens = tokenizer.encode(&text)?;
 
-    let mut session = hosted.lm.session(policy.clone(), &hosted.store)?.allow_long(hosted.allow_long);
+    let mut session = hosted.lm.session(policy.clone(), &hosted.options)?;
     let start = Instant::now();
     let mut logits = session.prefill(&tokens, true)?;
     let read = start.elapsed().as_secs_f64();

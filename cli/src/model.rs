@@ -1,10 +1,10 @@
 //! Options that load a model, shared by the commands.
 
 use anyhow::Result;
-use candle_core::DType;
+use candle_core::{DType, Device};
 use clap::ValueEnum;
-use kvpolicy::CpuConfig;
-use kvpolicy_candle::{Hosted, Lm, LoadOptions};
+use kvpolicy_candle::{Hosted, Lm, LoadOptions, SessionOptions};
+use std::{fmt, str::FromStr};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Float {
@@ -23,18 +23,78 @@ impl Float {
     }
 }
 
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let unknown = || format!("`{text}` is no device: cpu, cuda or cuda:N");
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            Some(("cuda", ordinal)) => ordinal.parse().map(Self::Cuda).map_err(|_| unknown()),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl Place {
+    fn device(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ordinal) => {
+                use anyhow::Context;
+                kvpolicy::cuda_device(ordinal).with_context(|| format!("device {self}"))
+            }
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda(_) => anyhow::bail!(
+                "device {self}: this program was built without CUDA; with a CUDA toolkit at hand, build it by \
+                 `cargo build --release -p kvpolicy-cli --features cuda`"
+            ),
+        }
+    }
+}
+
+/// `cpu`, or the GPU's own name.
+pub(crate) fn device_name(device: &Device) -> Result<String> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => Ok(cuda.cuda_stream().context().name()?),
+        _ => Ok("cpu".into()),
+    }
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct ModelArgs {
     /// A folder of safetensors, a GGUF file, or a hub id (org/name, org/name/file.gguf).
     #[arg(long)]
     pub(crate) model: String,
-    /// Type of weights and activations of a safetensors model.
-    #[arg(long, value_enum, default_value = "f32")]
-    dtype: Float,
-    /// Type of stored keys and values.
-    #[arg(long, value_enum, default_value = "f32")]
-    pub(crate) kv_dtype: Float,
-    /// The most bytes a cache may take, such as 64MiB or 2GB.
+    /// Where the model runs and keeps its cache: cpu, cuda, or cuda:N for a GPU of several.
+    #[arg(long, default_value = "cpu")]
+    device: Place,
+    /// Type of weights and activations of a safetensors model [default: f32, on a GPU bf16].
+    #[arg(long, value_enum)]
+    dtype: Option<Float>,
+    /// Type of stored keys and values [default: f32, on a GPU bf16].
+    #[arg(long, value_enum)]
+    kv_dtype: Option<Float>,
+    /// The most bytes a cache may take, such as 64MiB or 2GB [default: no limit; on a GPU what its longest context takes].
     #[arg(long, value_parser = bytes)]
     kv_memory: Option<u64>,
     /// Allow contexts longer than the model was made for.
@@ -44,9 +104,20 @@ pub(crate) struct ModelArgs {
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<Hosted> {
-        let lm = Lm::load(&self.model, &LoadOptions { dtype: self.dtype.dtype(), ..LoadOptions::default() })?;
-        let store = CpuConfig { dtype: self.kv_dtype.dtype(), limit_bytes: self.kv_memory, ..CpuConfig::default() };
-        Ok(Hosted { lm, store, allow_long: self.allow_long })
+        let mut options = LoadOptions::on(self.device.device()?);
+        if let Some(dtype) = self.dtype {
+            options.dtype = dtype.dtype();
+        }
+        let lm = Lm::load(&self.model, &options)?;
+        let kv_dtype = self.kv_dtype.map(Float::dtype);
+        Ok(Hosted { lm, options: SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None } })
+    }
+
+    /// Sessions of up to this many tokens, or as many as the model was made for if that is less and more are not allowed.
+    /// A GPU reserves no more than they may take.
+    pub(crate) fn reach(&self, hosted: &mut Hosted, tokens: usize) {
+        let made_for = hosted.lm.model().config().max_context;
+        hosted.options.max_tokens = Some(if self.allow_long { tokens } else { tokens.min(made_for) });
     }
 }
 
@@ -69,7 +140,18 @@ pub(crate) fn bytes(text: &str) -> std::result::Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::bytes;
+    use super::{Place, bytes};
+
+    #[test]
+    fn places_have_names() {
+        for (text, place) in [("cpu", Place::Cpu), ("cuda", Place::Cuda(0)), ("cuda:3", Place::Cuda(3))] {
+            assert_eq!(text.parse(), Ok(place));
+        }
+        assert_eq!(Place::Cuda(3).to_string(), "cuda:3");
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "CUDA"] {
+            assert!(text.parse::<Place>().is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn bytes_have_units() {

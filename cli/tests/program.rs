@@ -158,6 +158,20 @@ fn generate_prints_text_and_what_the_cache_held() {
     }
 }
 
+/// A build without CUDA says how to get one; a build with it names the device that is not there.
+#[test]
+fn a_device_that_cannot_be_had_is_named() {
+    let bench = Bench::new();
+    let words: &[&str] =
+        if cfg!(feature = "cuda") { &["cuda:99"] } else { &["cuda:99", "without CUDA", "--features cuda"] };
+    bench.fails("generate", &["--prompt", "x", "--device", "cuda:99"], words);
+    bench.fails("compare", &["--text", "t.txt", "--device", "cuda:99"], words);
+    bench.fails("generate", &["--prompt", "x", "--device", "tpu"], &["tpu", "cuda:N"]);
+    if cfg!(not(feature = "cuda")) {
+        bench.fails("generate", &["--prompt", "x", "--device", "cuda"], &["cuda:0"]);
+    }
+}
+
 #[test]
 fn policies_lists_every_policy_with_its_parameters() {
     let output = Command::new(env!("CARGO_BIN_EXE_kvpolicy")).arg("policies").output().unwrap();

@@ -99,8 +99,10 @@ pub struct DecodeShape {
 impl DecodeShape {
     /// `shared`: bytes of shared memory that a block may take; `shared_of_multiprocessor`: that all its blocks may take.
     pub fn new(group: u32, head_dim: u32, shared: u32, shared_of_multiprocessor: u32) -> Self {
+        // Eight warps have fewer pieces to merge; small heads leave room for several blocks of four instead.
         let wide = Self { group, head_dim, warps: 8, resident: 1 };
-        let shape = if head_dim <= 128 && wide.shared() <= shared { wide } else { Self { warps: 4, ..wide } };
+        let fits = (65..=128).contains(&head_dim) && wide.shared() <= shared;
+        let shape = if fits { wide } else { Self { warps: 4, ..wide } };
         shape.resident(shared_of_multiprocessor)
     }
 
@@ -147,8 +149,8 @@ impl DecodeShape {
     /// Shared memory of a block in bytes.
     fn shared(self) -> u32 {
         let stages = match self.head_dim {
-            ..=64 => 4,
-            ..=96 => 3,
+            0..=64 => 4,
+            65..=96 => 3,
             _ => 2,
         };
         self.warps * (stages * 2 * KEYS * self.head_dim * 2 + self.part_floats() * 4)

@@ -18,7 +18,7 @@ use crate::{
     policy::{Budget, Evict, Held, Needs, NewTokens, Protect, Score, Verdict},
     spec::{Lag, ModelSpec},
     stats::Usage,
-    step::{SeqId, Span},
+    step::{Phase, SeqId, Span},
 };
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DriverError, sys};
@@ -34,7 +34,7 @@ use std::{collections::HashMap, sync::Arc};
 pub struct CudaConfig {
     /// Entries of one KV head per page: 16, 32, 64 or 128. Never changes a result beyond rounding.
     pub page_size: usize,
-    /// Bytes of the pool, reserved at once; `None` for half of what is free.
+    /// Bytes of the pool, reserved at once, but no more than full rows take; `None` for half of what is free.
     pub limit_bytes: Option<u64>,
     /// Type of stored keys and values: f32, f16 or bf16.
     pub dtype: DType,
@@ -202,7 +202,10 @@ impl Cuda {
         let kernels = Kernels::of(stream.context()).map_err(driver("loading kernels"))?;
         let limit = match config.limit_bytes {
             Some(limit) => limit,
-            None => stream.context().mem_get_info().map_err(driver("asking for free memory"))?.0 as u64 / 2,
+            None => {
+                stream.synchronize().map_err(driver("waiting for the device"))?; // what was given back is free from here on
+                stream.context().mem_get_info().map_err(driver("asking for free memory"))?.0 as u64 / 2
+            }
         };
         let seats = config.max_sequences;
         let CudaConfig { page_size, max_entries, dtype, .. } = *config;
@@ -687,8 +690,9 @@ impl Storage for Cuda {
     }
 
     fn take_failures(&mut self, spans: &[Span]) -> Vec<(SeqId, Error)> {
-        // After a prefill the host waits for the logits anyway; a decode step is not waited for.
-        let waited = if self.current.by_layer {
+        // After a prompt the host waits for the logits anyway; nothing else is waited for.
+        let ends_prompt = self.current.spans.iter().any(|span| span.phase == Phase::Prefill { last: true });
+        let waited = if ends_prompt {
             self.readback.wait(&self.memory)
         } else {
             let polled = self.readback.poll().map(|_| ());

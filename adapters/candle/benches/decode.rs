@@ -5,8 +5,8 @@
 
 use candle_core::{DType, Device, Tensor, quantized::gguf_file};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use kvpolicy::{CpuConfig, Registry};
-use kvpolicy_candle::{Lm, LoadOptions};
+use kvpolicy::Registry;
+use kvpolicy_candle::{Lm, LoadOptions, SessionOptions};
 use std::{fs::File, time::Instant};
 
 /// Tokens timed for each contender.
@@ -64,8 +64,8 @@ fn candle<'a>(path: &str, tokens: &[u32]) -> Contender<'a> {
 }
 
 fn ours<'a>(lm: &'a Lm, policy: &str, dtype: DType, tokens: &[u32]) -> Contender<'a> {
-    let store = CpuConfig { dtype, ..CpuConfig::default() };
-    let mut session = lm.session(Registry::standard().parse(policy).unwrap(), &store).unwrap();
+    let options = SessionOptions { kv_dtype: Some(dtype), ..SessionOptions::default() };
+    let mut session = lm.session(Registry::standard().parse(policy).unwrap(), &options).unwrap();
     let start = Instant::now();
     let mut logits = session.prefill(tokens, true).unwrap();
     let prefill = tokens.len() as f64 / start.elapsed().as_secs_f64();

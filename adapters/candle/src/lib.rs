@@ -69,6 +69,6 @@ pub use error::{Error, Result};
 pub use gates::Gates;
 pub use loader::{Lm, LoadOptions};
 pub use model::Model;
-pub use session::Session;
+pub use session::{Session, SessionOptions};
 pub use subject::Hosted;
 pub use tokenizer::{TextStream, Tokenizer};

@@ -6,12 +6,12 @@ use crate::{
     error::{Error, Result},
     gates::Gates,
     model::Model,
-    session::Session,
+    session::{Session, SessionOptions},
     tokenizer::Tokenizer,
     weights::{GgufFile, Weights, safetensors_files},
 };
 use candle_core::{DType, Device};
-use kvpolicy::{CpuConfig, GateSource, KvCache, Policy};
+use kvpolicy::{GateSource, KvCache, Policy};
 use sha2::{Digest, Sha256};
 use std::{
     io::Read,
@@ -28,9 +28,16 @@ pub struct LoadOptions {
     pub device: Device,
 }
 
+impl LoadOptions {
+    /// On a device, in the type it is good at: f32 on a CPU, bf16 on a GPU.
+    pub fn on(device: Device) -> Self {
+        Self { dtype: if device.is_cpu() { DType::F32 } else { DType::BF16 }, device }
+    }
+}
+
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu }
+        Self::on(Device::Cpu)
     }
 }
 
@@ -170,12 +177,13 @@ impl Lm {
         }
     }
 
-    /// One sequence under a policy.
+    /// One sequence under a policy; its entries are where the model is. A GPU is best taken from
+    /// `kvpolicy::cuda_device`.
     ///
     /// # Errors
     /// Every reason why the policy cannot run on this model.
-    pub fn session(&self, policy: Arc<dyn Policy>, store: &CpuConfig) -> Result<Session<'_>> {
-        Session::new(&self.model, self.gates_for(&*policy)?, policy, store)
+    pub fn session(&self, policy: Arc<dyn Policy>, options: &SessionOptions) -> Result<Session<'_>> {
+        Session::new(&self.model, self.gates_for(&*policy)?, policy, options)
     }
 }
 

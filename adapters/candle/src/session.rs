@@ -5,12 +5,49 @@ use crate::{
     gates::Gates,
     model::Model,
 };
-use candle_core::Tensor;
-use kvpolicy::{CpuConfig, KvCache, Phase, Policy, SeqId, Stats, cpu};
+use candle_core::{DType, Tensor};
+use kvpolicy::{CpuConfig, KvCache, ModelSpec, Phase, Policy, SeqId, Stats, backend::Backend, cpu};
+#[cfg(feature = "cuda")]
+use kvpolicy::{CudaConfig, cuda};
 use std::sync::Arc;
 
-/// Tokens of a prompt that go through the model at a time.
-const CHUNK: usize = 512;
+/// Tokens of a prompt that go through the model at a time. Fewer at a time leave less to evict at once, more at a time
+/// make better use of the machine: a GPU needs about 2,048 for the products of a small model to occupy all of it.
+const CHUNK: [usize; 2] = [512, 2048]; // CPU, GPU
+
+/// What a session keeps: in main memory, or on the GPU where the model is on one.
+#[derive(Debug, Clone, Default)]
+pub struct SessionOptions {
+    /// Type of stored keys and values; `None` for f32 in main memory and bf16 on a GPU.
+    pub kv_dtype: Option<DType>,
+    /// The most bytes they may take. `None` for no limit in main memory; a GPU reserves at once what `max_tokens` may take,
+    /// or half of what is free if that is less.
+    pub kv_bytes: Option<u64>,
+    /// The most tokens the sequence may have; `None` for as many as the model was made for.
+    pub max_tokens: Option<usize>,
+}
+
+impl SessionOptions {
+    /// Type of stored keys and values beside this model.
+    pub fn kv_dtype(&self, model: &Model) -> DType {
+        self.kv_dtype.unwrap_or(if model.device().is_cuda() { DType::BF16 } else { DType::F32 })
+    }
+
+    fn max_tokens(&self, model: &Model) -> usize {
+        self.max_tokens.unwrap_or(model.config().max_context)
+    }
+
+    fn store(&self, model: &Model, spec: &ModelSpec) -> Result<Box<dyn Backend>> {
+        let (dtype, limit_bytes) = (self.kv_dtype(model), self.kv_bytes);
+        #[cfg(feature = "cuda")]
+        if model.device().is_cuda() {
+            let max_entries = self.max_tokens(model);
+            let config = CudaConfig { dtype, limit_bytes, max_sequences: 1, max_entries, ..CudaConfig::default() };
+            return Ok(cuda(spec, &config, model.device())?);
+        }
+        Ok(cpu(spec, &CpuConfig { dtype, limit_bytes, ..CpuConfig::default() })?)
+    }
+}
 
 /// One sequence: prefill, decode, and prefill again for a further turn.
 #[derive(Debug)]
@@ -19,7 +56,8 @@ pub struct Session<'a> {
     gates: Option<Arc<Gates>>,
     cache: KvCache,
     seq: SeqId,
-    allow_long: bool,
+    max_tokens: usize,
+    chunk: usize,
 }
 
 impl<'a> Session<'a> {
@@ -27,31 +65,25 @@ impl<'a> Session<'a> {
         model: &'a Model,
         gates: Option<Arc<Gates>>,
         policy: Arc<dyn Policy>,
-        store: &CpuConfig,
+        options: &SessionOptions,
     ) -> Result<Self> {
         let mut spec = model.config().spec();
         spec.gates = gates.as_ref().map(|gates| gates.spec());
-        let mut cache = KvCache::new(spec.clone(), policy, cpu(&spec, store)?)?;
-        let seq = cache.open();
-        Ok(Self { model, gates, cache, seq, allow_long: false })
-    }
-
-    /// Lets the sequence grow beyond the context the model was made for.
-    pub fn allow_long(mut self, allow: bool) -> Self {
-        self.allow_long = allow;
-        self
+        let mut cache = KvCache::new(spec.clone(), policy, options.store(model, &spec)?)?;
+        let (seq, max_tokens) = (cache.open(), options.max_tokens(model));
+        Ok(Self { model, gates, cache, seq, max_tokens, chunk: CHUNK[model.device().is_cuda() as usize] })
     }
 
     /// Reads the tokens of a prompt or of a further turn. `last`: the prompt ends here, so that policies that rank may
     /// trim. Returns the last token's logits, f32 `[vocab]`.
     ///
     /// # Errors
-    /// [`Error::Model`] for an empty prompt or a context longer than the model's, and whatever ends the sequence.
+    /// [`Error::Model`] for an empty prompt or more tokens than the session was opened for, and whatever ends the sequence.
     pub fn prefill(&mut self, tokens: &[u32], last: bool) -> Result<Tensor> {
         self.check(tokens)?;
         let mut logits = None;
-        let chunks = tokens.len().div_ceil(CHUNK);
-        for (i, chunk) in tokens.chunks(CHUNK).enumerate() {
+        let chunks = tokens.len().div_ceil(self.chunk);
+        for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
             logits = Some(self.step(chunk, Phase::Prefill { last: last && i + 1 == chunks })?);
         }
         logits.ok_or_else(|| Error::Model("the prompt is empty: it needs at least one token".into()))
@@ -69,33 +101,39 @@ impl<'a> Session<'a> {
     /// What can be known before the first chunk: an error here leaves the sequence as it was.
     fn check(&self, tokens: &[u32]) -> Result<()> {
         self.model.check_tokens(tokens)?;
-        let (asked, most) = (self.cache.seen(self.seq)? + tokens.len(), self.model.config().max_context);
-        if asked > most && !self.allow_long {
-            return Err(Error::Model(format!(
-                "a context of {asked} tokens exceeds the {most} the model was made for; allow it with --allow-long"
-            )));
+        let (asked, most) = (self.cache.seen(self.seq)? + tokens.len(), self.max_tokens);
+        if asked <= most {
+            return Ok(());
         }
-        Ok(())
+        let made_for = self.model.config().max_context;
+        Err(Error::Model(if most == made_for {
+            format!("a context of {asked} tokens exceeds the {most} the model was made for; allow it with --allow-long")
+        } else {
+            format!("a context of {asked} tokens exceeds the {most} the session was opened for: raise max_tokens")
+        }))
     }
 
+    /// Waits for the device at the end of each step, as whoever reads the logits does: the sequence did not fail, and
+    /// figures are of this step.
     fn step(&mut self, tokens: &[u32], phase: Phase) -> Result<Tensor> {
         let step = self.cache.begin(&[(self.seq, tokens.len(), phase)])?;
-        let logits = match self.model.forward(tokens, &step, &mut self.cache, self.gates.as_deref()) {
-            Ok(logits) => logits,
+        let logits = self.model.forward(tokens, &step, &mut self.cache, self.gates.as_deref());
+        let (logits, lost) = match logits.and_then(|logits| Ok((logits, self.cache.wait()?))) {
+            Ok(done) => done,
             Err(error) => {
                 self.cache.abort(step);
                 return Err(error);
             }
         };
-        match self.cache.end(step).pop() {
+        match lost.into_iter().chain(self.cache.end(step)).next() {
             Some((_, error)) => Err(error.into()),
             None => Ok(logits.squeeze(0)?),
         }
     }
 
-    /// Whether one more token fits the context the model was made for.
+    /// Whether one more token fits.
     pub fn has_room(&self) -> bool {
-        self.allow_long || self.seen() < self.model.config().max_context
+        self.seen() < self.max_tokens
     }
 
     /// Tokens read and generated so far.

@@ -1,24 +1,25 @@
 //! A model as [`kvpolicy::compare`] sees it.
 
-use crate::{loader::Lm, session::Session};
+use crate::{
+    loader::Lm,
+    session::{Session, SessionOptions},
+};
 use candle_core::Tensor;
 use kvpolicy::{
-    CpuConfig, ModelSpec, Policy, Stats,
+    ModelSpec, Policy, Stats,
     compare::{HostError, Sequence, Subject},
 };
 use std::sync::Arc;
 
 type Result<T> = std::result::Result<T, HostError>;
 
-/// A model with the store its caches use.
+/// A model with what its sessions keep.
 #[derive(Debug)]
 pub struct Hosted {
     /// The model.
     pub lm: Lm,
-    /// Layout of the store.
-    pub store: CpuConfig,
-    /// Whether contexts may exceed what the model was made for.
-    pub allow_long: bool,
+    /// For every session.
+    pub options: SessionOptions,
 }
 
 impl Subject for Hosted {
@@ -49,7 +50,7 @@ impl Subject for Hosted {
     }
 
     fn open(&self, policy: &Arc<dyn Policy>) -> Result<Box<dyn Sequence + '_>> {
-        Ok(Box::new(self.lm.session(policy.clone(), &self.store)?.allow_long(self.allow_long)))
+        Ok(Box::new(self.lm.session(policy.clone(), &self.options)?))
     }
 }
 

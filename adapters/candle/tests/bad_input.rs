@@ -5,8 +5,8 @@
 mod tiny;
 
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
-use kvpolicy::{CpuConfig, Registry};
-use kvpolicy_candle::{Gates, Lm, LoadOptions, Model};
+use kvpolicy::Registry;
+use kvpolicy_candle::{Gates, Lm, LoadOptions, Model, SessionOptions};
 use serde_json::json;
 use std::path::Path;
 use tiny::{HEADS, HIDDEN, Tiny};
@@ -142,15 +142,22 @@ fn gates_that_do_not_fit_are_refused() {
 fn a_session_refuses_what_it_cannot_do() {
     let dir = tempfile::tempdir().unwrap();
     let lm = Lm::load(gguf(dir.path()).to_str().unwrap(), &LoadOptions::default()).unwrap();
-    let session = |policy: &str, store: &CpuConfig| lm.session(Registry::standard().parse(policy).unwrap(), store);
-    assert_says(session("dms", &CpuConfig::default()).unwrap_err(), &["gates", "weights="]);
-    let mut full = session("full", &CpuConfig::default()).unwrap();
+    let session = |policy: &str, options: &SessionOptions| {
+        let policy = Registry::standard().parse(policy).unwrap();
+        lm.session(policy, options)
+    };
+    assert_says(session("dms", &SessionOptions::default()).unwrap_err(), &["gates", "weights="]);
+    let mut full = session("full", &SessionOptions::default()).unwrap();
     assert_says(full.prefill(&[], true).unwrap_err(), &["empty"]);
     assert_says(full.prefill(&[100_000], true).unwrap_err(), &["100000", "vocabulary"]);
     assert_says(full.prefill(&[65; 600], true).unwrap_err(), &["600", "512", "--allow-long"]);
     assert!(full.prefill(&[65; 20], true).is_ok(), "what was refused changed nothing");
-    assert!(session("full", &CpuConfig::default()).unwrap().allow_long(true).prefill(&[65; 600], true).is_ok());
-    let small = CpuConfig { limit_bytes: Some(100_000), ..CpuConfig::default() };
+    let long = SessionOptions { max_tokens: Some(600), ..SessionOptions::default() };
+    let mut full = session("full", &long).unwrap();
+    assert!(full.prefill(&[65; 599], true).is_ok() && full.has_room());
+    assert!(full.decode(65).is_ok() && !full.has_room());
+    assert_says(full.decode(65).unwrap_err(), &["601", "600", "max_tokens"]);
+    let small = SessionOptions { kv_bytes: Some(100_000), ..SessionOptions::default() };
     let mut full = session("full", &small).unwrap();
     assert_says(full.prefill(&[65; 400], true).unwrap_err(), &["exhausted", "100000"]);
     let mut window = session("window:size=32", &small).unwrap();

@@ -11,7 +11,7 @@ use candle_core::{
 use candle_nn::VarBuilder;
 use candle_transformers::models as theirs;
 use kvpolicy::{CpuConfig, KvCache, Phase, Registry, cpu};
-use kvpolicy_candle::{Lm, LoadOptions, Model};
+use kvpolicy_candle::{Lm, LoadOptions, Model, SessionOptions};
 use serde_json::json;
 use std::{
     fs::File,
@@ -188,7 +188,7 @@ fn follow(arch: &str, path: &Path, mut each: impl FnMut(usize, &[f32], &[f32])) 
     let lm = Lm::load(path.to_str().unwrap(), &LoadOptions::default()).unwrap();
     let prompt = lm.tokenizer().encode(&lm.chat("Explain in a few sentences how rain forms.").unwrap()).unwrap();
     let mut model = quantized(arch, path);
-    let mut session = lm.session(Registry::standard().parse("full").unwrap(), &CpuConfig::default()).unwrap();
+    let mut session = lm.session(Registry::standard().parse("full").unwrap(), &SessionOptions::default()).unwrap();
     let input = |tokens: &[u32]| Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
     let numbers = |logits: Tensor| -> Vec<f32> { logits.flatten_all().unwrap().to_vec1().unwrap() };
     let mut ours = numbers(session.prefill(&prompt, true).unwrap());

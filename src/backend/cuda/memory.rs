@@ -78,15 +78,15 @@ impl Memory {
     pub(super) fn new(stream: &Arc<CudaStream>, spec: &ModelSpec, layout: Layout) -> Result<Self> {
         let entry_bytes = 2 * spec.head_dim * layout.dtype.size_in_bytes() + LANE_BYTES;
         let page_bytes = (layout.page_size * entry_bytes) as u64;
-        let pages = (layout.limit / page_bytes).min(MOST_PAGES) as usize;
+        let rows = spec.layers * layout.seats * spec.kv_heads;
+        let max_pages = layout.max_entries.div_ceil(layout.page_size);
+        let pages = (layout.limit / page_bytes).min(MOST_PAGES).min((rows * max_pages) as u64) as usize;
         if pages == 0 {
             return Err(Error::Config(format!(
                 "a limit of {} bytes holds no page of {page_bytes} bytes",
                 layout.limit
             )));
         }
-        let rows = spec.layers * layout.seats * spec.kv_heads;
-        let max_pages = layout.max_entries.div_ceil(layout.page_size);
         let entries = pages * layout.page_size;
         let plane = || alloc::<u8>(stream, entries * spec.head_dim * layout.dtype.size_in_bytes());
         let (planes, tag, score) = ([plane()?, plane()?], alloc(stream, entries)?, alloc::<f32>(stream, entries)?);
