@@ -123,3 +123,16 @@ pub trait Recording: std::fmt::Debug + Send {
 /// A store with its attention.
 pub trait Backend: Storage + Attention + Capture + std::fmt::Debug + Send {}
 impl<T: Storage + Attention + Capture + std::fmt::Debug + Send> Backend for T {}
+
+/// Why a store made for one model cannot serve another and its policy.
+fn misfits(made_for: &ModelSpec, spec: &ModelSpec, needs: &[Needs]) -> Vec<String> {
+    let mut why = vec![];
+    let shape = |s: &ModelSpec| (s.layers, s.q_heads, s.kv_heads, s.head_dim, s.rope.clone());
+    if shape(spec) != shape(made_for) {
+        why.push("the store was made for a model of another shape".into());
+    }
+    if needs.iter().any(|n| n.query_moments.is_some()) && spec.rope.is_none() {
+        why.push("query moments need the model's RoPE to undo it".into());
+    }
+    why
+}

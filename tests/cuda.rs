@@ -180,6 +180,25 @@ fn many_sequences_decode_together() {
     }
 }
 
+/// One seat, and prompts around the size of what is kept for a step.
+#[test]
+fn one_sequence_with_the_shortest_prompts() {
+    let Some(device) = gpu() else { return };
+    let spec = complete(2, 8, 2, 64);
+    let config = CudaConfig { max_sequences: 1, ..config(16, DType::BF16) };
+    for text in ["h2o:budget=12,recent=4", "tova:budget=11", "full"] {
+        for prompt in 1..7 {
+            let streams = streams(&spec, &[prompt + 20], DType::BF16);
+            let mut cpu = Play::on(store(&spec, 16, DType::BF16), &spec, policy(text)).with(&streams);
+            let mut gpu = on_gpu(&device, &spec, policy(text), &config).with(&streams);
+            let mut script: Vec<Work> = vec![vec![(0, prompt, LAST)]];
+            script.extend(vec![vec![(0, 1, DECODE)]; 20]);
+            let tolerance = if text == "full" { 2e-2 } else { f32::MAX };
+            same_lives(&mut cpu, &mut gpu, &script, tolerance, false, &format!("{text}, a prompt of {prompt}"));
+        }
+    }
+}
+
 /// Page size and neighbours never change a kept set; outputs up to the order of sums.
 #[test]
 fn page_size_and_chunks_never_matter() {

@@ -190,24 +190,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan(const PlanParams p) {
     }
 }
 
-struct ReleaseParams {
-    Store store;
-    uint32_t seat;
-};
-
-// One block: ends a sequence.
-extern "C" __global__ void release(const ReleaseParams p) {
-    __shared__ uint32_t top;
-    if (threadIdx.x == 0) top = p.store.counters->free;
-    __syncthreads();
-    give_back(p.store, p.seat, &top);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        p.store.counters->free = top;
-        p.store.failed[p.seat] = 0;
-    }
-}
-
 struct ClearParams {
     Store store;
 };

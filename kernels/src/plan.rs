@@ -93,13 +93,6 @@ pub struct ScheduleParams {
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct ReleaseParams {
-    store: Store,
-    seat: u32,
-}
-
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
 struct ClearParams {
     store: Store,
 }
@@ -110,7 +103,7 @@ unsafe impl cudarc::driver::ValidAsZeroBits for LayerPlan {}
 unsafe impl cudarc::driver::ValidAsZeroBits for RowWork {}
 // SAFETY: as above.
 unsafe impl cudarc::driver::ValidAsZeroBits for BlockWork {}
-device_repr!(LayerPlan, PlanParams, RowWork, BlockWork, ScheduleParams, ReleaseParams, ClearParams);
+device_repr!(LayerPlan, PlanParams, RowWork, BlockWork, ScheduleParams, ClearParams);
 
 impl Kernels {
     /// Makes a store empty, every page free.
@@ -146,15 +139,5 @@ impl Kernels {
         let launch = Launch { grid: (layers, 1, 1), threads: THREADS, shared: 0 };
         // SAFETY: the caller's.
         unsafe { self.launch(stream, ("plan", "schedule"), launch, params) }
-    }
-
-    /// Gives back every page of a sequence.
-    ///
-    /// # Safety
-    /// The store's addresses are good.
-    pub unsafe fn release(&self, stream: &CudaStream, store: Store, seat: u32) -> Result<(), DriverError> {
-        let launch = Launch { grid: (1, 1, 1), threads: 256, shared: 0 };
-        // SAFETY: the caller's.
-        unsafe { self.launch(stream, ("plan", "release"), launch, &ReleaseParams { store, seat }) }
     }
 }

@@ -211,14 +211,7 @@ impl<E: Element> Storage for Cpu<E> {
     }
 
     fn prepare(&mut self, spec: &ModelSpec, needs: &[Needs]) -> Vec<String> {
-        let mut why = vec![];
-        let shape = |s: &ModelSpec| (s.layers, s.q_heads, s.kv_heads, s.head_dim, s.rope.clone());
-        if shape(spec) != shape(&self.spec) {
-            why.push("the store was made for a model of another shape".into());
-        }
-        if needs.iter().any(|n| n.query_moments.is_some()) && spec.rope.is_none() {
-            why.push("query moments need the model's RoPE to undo it".into());
-        }
+        let why = super::misfits(&self.spec, spec, needs);
         self.needs = needs.to_vec();
         why
     }

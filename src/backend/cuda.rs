@@ -131,7 +131,6 @@ struct Cuda {
     readback: Readback,
     /// For steps of up to as many tokens as there may be sequences, and for longer ones.
     control: [Control; 2],
-    lse: [CudaSlice<f32>; 2],
     current: Current,
     decode: DecodeScratch,
     capturing: bool,
@@ -212,7 +211,7 @@ impl Cuda {
         let memory = Memory::new(&stream, spec, Layout { page_size, limit, seats, max_entries, dtype })?;
         // SAFETY: the store was allocated with these sizes.
         unsafe { kernels.clear(&stream, memory.store) }.map_err(driver("clearing the store"))?;
-        let lse = |tokens| scratch(&stream, tokens * spec.q_heads);
+        let control = |tokens| Control::new(device, seats, tokens, spec.q_heads);
         Ok(Self {
             spec: spec.clone(),
             device: device.clone(),
@@ -222,8 +221,7 @@ impl Cuda {
             free_seats: (0..seats as u32).rev().collect(),
             staging: Staging::new(&stream),
             readback: Readback::new(&stream, &memory)?,
-            control: [Control::new(device, seats, seats)?, Control::new(device, seats, 2048.max(seats))?],
-            lse: [lse(seats)?, lse(2048.max(seats))?],
+            control: [control(seats)?, control(2048.max(seats))?],
             current: Current::default(),
             decode: DecodeScratch::new(&stream, spec, seats)?,
             dtype,
@@ -547,14 +545,7 @@ impl Storage for Cuda {
     }
 
     fn prepare(&mut self, spec: &ModelSpec, needs: &[Needs]) -> Vec<String> {
-        let mut why = vec![];
-        let shape = |s: &ModelSpec| (s.layers, s.q_heads, s.kv_heads, s.head_dim, s.rope.clone());
-        if shape(spec) != shape(&self.spec) {
-            why.push("the store was made for a model of another shape".into());
-        }
-        if needs.iter().any(|n| n.query_moments.is_some()) && spec.rope.is_none() {
-            why.push("query moments need the model's RoPE to undo it".into());
-        }
+        let why = super::misfits(&self.spec, spec, needs);
         self.layers.iter_mut().zip(needs).for_each(|(layer, needs)| layer.needs = needs.clone());
         why
     }
@@ -574,9 +565,8 @@ impl Storage for Cuda {
         };
         let large = !self.control[0].fits(spans.len(), tokens);
         if large && !self.control[1].fits(spans.len(), tokens) {
-            let room = tokens.next_power_of_two();
-            self.control[1] = Control::new(&self.device, self.memory.store.seats as usize, room)?;
-            self.lse[1] = scratch(&self.stream, room * self.spec.q_heads)?;
+            let (seats, room) = (self.memory.store.seats as usize, tokens.next_power_of_two());
+            self.control[1] = Control::new(&self.device, seats, room, self.spec.q_heads)?;
         }
         let singles = spans.iter().filter(|span| span.len == 1).count();
         let by_layer = singles < spans.len();
@@ -682,7 +672,7 @@ impl Storage for Cuda {
     fn release(&mut self, seq: SeqId) {
         let Some(seat) = self.seats.remove(&seq) else { return };
         // SAFETY: the store's own addresses. A launch that fails says so at the next call that can return an error.
-        let launched = unsafe { self.kernels.release(&self.stream, self.memory.store, seat.index) };
+        let launched = unsafe { self.kernels.vacate(&self.stream, self.memory.store, seat.index) };
         if launched.is_ok() {
             self.readback.failed[seat.index as usize] = 0;
             self.free_seats.push(seat.index);
@@ -750,7 +740,7 @@ impl Attention for Cuda {
         let heads = self.heads(q)?;
         let lse = match tap {
             Tap::None => 0,
-            Tap::Mass { .. } => address(&self.lse[self.current.large as usize]),
+            Tap::Mass { .. } => self.control().lse()?,
         };
         let (singles, longer) = (self.current.singles > 0, self.current.singles < spans.len());
         if self.fast() && Self::even(&heads) {

@@ -168,23 +168,25 @@ pub(super) fn scratch<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize) -> Re
     alloc(stream, len)
 }
 
-/// What the kernels of a step read, at addresses that do not change from step to step, so that a captured step can be
+/// What the kernels of a step read and leave for each other, at addresses that do not change from step to step, so that a captured step can be
 /// replayed: `[spans * 4 | singles | span of each token | position of each token | prefill tiles * 2]`, all u32.
 #[derive(Debug)]
 pub(super) struct Control {
     tensor: Tensor,
+    lse: Tensor, // f32 [tokens, q_heads]
     base: Address,
     most_spans: usize,
     most_tokens: usize,
 }
 
 impl Control {
-    pub(super) fn new(device: &Device, most_spans: usize, most_tokens: usize) -> Result<Self> {
+    pub(super) fn new(device: &Device, most_spans: usize, most_tokens: usize, q_heads: usize) -> Result<Self> {
         // Each part begins at a multiple of 16 bytes: kernels read several words at a time.
         let (most_spans, most_tokens) = (most_spans.next_multiple_of(4), most_tokens.next_multiple_of(4));
         let most_tiles = most_tokens; // a tile has a token
         let tensor = Tensor::zeros(5 * most_spans + 2 * most_tokens + 2 * most_tiles, DType::U32, device)?;
-        Ok(Self { base: tensor_address(&tensor)?, tensor, most_spans, most_tokens })
+        let lse = output(&[most_tokens, q_heads], DType::F32, device)?;
+        Ok(Self { base: tensor_address(&tensor)?, tensor, lse, most_spans, most_tokens })
     }
 
     pub(super) fn fits(&self, spans: usize, tokens: usize) -> bool {
@@ -208,6 +210,11 @@ impl Control {
     }
     pub(super) fn tiles(&self) -> Address {
         self.at(5 * self.most_spans + 2 * self.most_tokens)
+    }
+
+    /// Where attention leaves the log-sum-exp of each query, f32 `[tokens, q_heads]`.
+    pub(super) fn lse(&self) -> Result<Address> {
+        tensor_address(&self.lse)
     }
 
     /// The positions as the model sees them.
