@@ -7,25 +7,25 @@
 //! Decode attention reads no marks: an entry dies when the window passes it, which is when the next token takes its
 //! slot, so after the append no row holds a dead entry.
 
+mod attend;
+mod graph;
 mod held;
 mod memory;
 mod observe;
 mod trim;
 
 use crate::{
-    backend::{Attention, Backend, Capture, Recording, Storage, Tap},
+    backend::{Backend, Storage},
     error::{Error, Result},
     policy::{Budget, Evict, Held, Needs, NewTokens, Protect, Score, Verdict},
     spec::{Lag, ModelSpec},
     stats::Usage,
     step::{Phase, SeqId, Span},
 };
+use attend::DecodeScratch;
 use candle_core::{DType, Device, Tensor};
-use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DriverError, sys};
-use kvpolicy_kernels::{
-    self as kernels, AppendParams, DecodeParams, DecodeShape, Dtype, FAST_HEAD_DIMS, Kernels, LayerPlan, MASS_TILE,
-    Marks, MassParams, PlainParams, PlanParams, PrefillParams, PrefillShape, Ring, RowWork, ScheduleParams,
-};
+use cudarc::driver::{CudaSlice, CudaStream, DriverError};
+use kvpolicy_kernels::{self as kernels, AppendParams, Dtype, Kernels, LayerPlan, Marks, PlanParams, Ring};
 use memory::{Control, Layout, Memory, Readback, Staging, address, output, scratch, tensor_address, zeros};
 use std::{collections::HashMap, sync::Arc};
 
@@ -140,40 +140,6 @@ struct Cuda {
     unrepeatable: std::cell::RefCell<Option<&'static str>>,
 }
 
-/// What decode attention needs beside the store.
-#[derive(Debug)]
-struct DecodeScratch {
-    shape: DecodeShape,
-    blocks: u32,
-    max_rows: usize,
-    rows: CudaSlice<RowWork>,            // [layers, max_rows]
-    work: CudaSlice<kernels::BlockWork>, // [layers, blocks]
-    parts: CudaSlice<f32>,
-    arrived: CudaSlice<u32>,
-}
-
-impl DecodeScratch {
-    fn new(stream: &Arc<CudaStream>, spec: &ModelSpec, seats: usize) -> Result<Self> {
-        use sys::CUdevice_attribute as Attribute;
-        let attribute = |which| stream.context().attribute(which).map_err(driver("asking the device"));
-        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
-        let all_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32;
-        let shape = DecodeShape::new(spec.group() as u32, spec.head_dim as u32, shared, all_shared);
-        let blocks = multiprocessors * shape.blocks_per_multiprocessor();
-        let max_rows = seats * spec.kv_heads;
-        Ok(Self {
-            shape,
-            blocks,
-            max_rows,
-            rows: scratch(stream, spec.layers * max_rows)?,
-            work: scratch(stream, spec.layers * blocks as usize)?,
-            parts: scratch(stream, shape.scratch(blocks))?,
-            arrived: zeros(stream, spec.group().div_ceil(16) * max_rows)?,
-        })
-    }
-}
-
 /// Heads of `[tokens, heads, head_dim]` as a kernel reads them: tokens may lie apart, all else is dense.
 struct Strided {
     /// Keeps a converted copy alive until the kernel is enqueued.
@@ -243,11 +209,6 @@ impl Cuda {
         }
     }
 
-    /// Whether tensor cores take this model.
-    fn fast(&self) -> bool {
-        self.dtype != DType::F32 && FAST_HEAD_DIMS.contains(&(self.spec.head_dim as u32))
-    }
-
     fn control(&self) -> &Control {
         &self.control[self.current.large as usize]
     }
@@ -311,27 +272,6 @@ impl Cuda {
         unsafe { self.kernels.plan(&self.stream, &params) }.map_err(driver("planning a step"))
     }
 
-    fn schedule(&self, first_layer: usize, layers: usize) -> Result<()> {
-        if self.current.singles == 0 || !self.fast() {
-            return Ok(());
-        }
-        let params = ScheduleParams {
-            store: self.memory.store,
-            spans: self.control().spans(),
-            singles: self.control().singles(),
-            rows: address(&self.decode.rows),
-            blocks: address(&self.decode.work),
-            single_count: self.current.singles as u32,
-            max_rows: self.decode.max_rows as u32,
-            block_count: self.decode.blocks,
-            first_layer: first_layer as u32,
-            tile_shift: self.decode.shape.tile_shift(),
-            least_tiles: self.decode.shape.least_tiles(),
-        };
-        // SAFETY: as in `plan`.
-        unsafe { self.kernels.schedule(&self.stream, &params, layers as u32) }.map_err(driver("scheduling attention"))
-    }
-
     /// Prepares a layer for marks of this kind: a ring for its window, and the age at which marked entries give way.
     fn expect_marks(&mut self, layer: usize, marks: Marks, protect: Protect) -> Result<()> {
         let age = match marks {
@@ -371,121 +311,6 @@ impl Cuda {
     /// Whether the kernels that read 4 bytes at a time can read these heads.
     fn even(heads: &Strided) -> bool {
         heads.address.is_multiple_of(16) && heads.stride.is_multiple_of(8)
-    }
-
-    fn attend_decode(&self, layer: usize, q: &Strided, y: &Tensor, lse: u64, protect: Protect) -> Result<()> {
-        let (scratch, spec) = (&self.decode, &self.spec);
-        let params = DecodeParams {
-            store: self.memory.store,
-            q: q.address,
-            y: tensor_address(y)?,
-            lse,
-            rows: address(&scratch.rows) + (layer * scratch.max_rows * size_of::<RowWork>()) as u64,
-            blocks: address(&scratch.work) + (layer * scratch.blocks as usize * size_of::<kernels::BlockWork>()) as u64,
-            parts: address(&scratch.parts),
-            arrived: address(&scratch.arrived),
-            positions: self.control().positions(),
-            q_heads: spec.q_heads as u32,
-            q_stride: q.stride,
-            group: spec.group() as u32,
-            row_count: (self.current.singles * spec.kv_heads) as u32,
-            scale: std::f32::consts::LOG2_E / (spec.head_dim as f32).sqrt(),
-            protect: device_protect(protect),
-            check_marks: self.layers[layer].check_marks as u32,
-        };
-        // SAFETY: the schedule covers this layer and step; scratch has the sizes it asks for; `y` is as large as `q`.
-        unsafe { self.kernels.decode(&self.stream, self.element(), scratch.shape, scratch.blocks, &params) }
-            .map_err(driver("decode attention"))
-    }
-
-    /// `single`: 1 for the spans of one token, 0 for the longer ones, 2 for all.
-    fn attend_plain(
-        &self,
-        layer: usize,
-        q: &Strided,
-        y: &Tensor,
-        lse: u64,
-        protect: Protect,
-        single: u32,
-    ) -> Result<()> {
-        let spec = &self.spec;
-        let params = PlainParams {
-            store: self.memory.store,
-            q: q.address,
-            y: tensor_address(y)?,
-            lse,
-            spans: self.control().spans(),
-            span_of: self.control().span_of(),
-            positions: self.control().positions(),
-            layer: layer as u32,
-            q_heads: spec.q_heads as u32,
-            q_stride: q.stride,
-            group: spec.group() as u32,
-            scale: 1.0 / (spec.head_dim as f32).sqrt(),
-            protect: device_protect(protect),
-            single,
-        };
-        // SAFETY: the step's spans and positions are on the device; `y` is as large as `q`.
-        unsafe { self.kernels.plain(&self.stream, self.element(), self.current.tokens as u32, &params) }
-            .map_err(driver("plain attention"))
-    }
-
-    /// The shape of prefill attention, where tensor cores take this model.
-    fn prefill_shape(&self) -> Option<PrefillShape> {
-        PrefillShape::of(self.spec.head_dim as u32).filter(|_| self.fast())
-    }
-
-    fn attend_prefill(&self, layer: usize, q: &Strided, y: &Tensor, lse: u64, protect: Protect) -> Result<()> {
-        let (spec, current) = (&self.spec, &self.current);
-        let Some(shape) = self.prefill_shape() else { return Ok(()) };
-        let (spans, longest) = (current.spans.len() as u32, self.bound(layer, &current.spans).max(1) as u32);
-        let scratch = shape.scratch(spans, spec.kv_heads as u32, longest).div_ceil(4);
-        let sights = output(&[scratch], DType::U32, &self.device)?;
-        let params = PrefillParams {
-            store: self.memory.store,
-            q: q.address,
-            y: tensor_address(y)?,
-            lse,
-            spans: self.control().spans(),
-            tiles: self.control().tiles(),
-            sights: tensor_address(&sights)?,
-            layer: layer as u32,
-            q_heads: spec.q_heads as u32,
-            q_stride: q.stride,
-            tile_count: current.tiles as u32,
-            span_count: spans,
-            max_tiles: shape.max_tiles(longest),
-            scale: 1.0 / (spec.head_dim as f32).sqrt(),
-            protect: device_protect(protect),
-        };
-        // SAFETY: the step's spans and tiles are on the device; no row is longer than its bound; `y` is as large as `q`.
-        unsafe { self.kernels.prefill(&self.stream, self.element(), &params) }.map_err(driver("prefill attention"))
-    }
-
-    fn mass_params(
-        &self,
-        layer: usize,
-        spans: &[Span],
-        q: &Strided,
-        lse: u64,
-        protect: Protect,
-        decay: f32,
-    ) -> MassParams {
-        let longest = self.bound(layer, spans).max(1) as u32;
-        MassParams {
-            store: self.memory.store,
-            q: q.address,
-            lse,
-            spans: self.control().spans(),
-            layer: layer as u32,
-            q_heads: self.spec.q_heads as u32,
-            q_stride: q.stride,
-            span_count: spans.len() as u32,
-            max_tiles: longest.div_ceil(MASS_TILE),
-            scale: 1.0 / (self.spec.head_dim as f32).sqrt(),
-            decay,
-            protect: device_protect(protect),
-        }
     }
 
     /// Takes over failures that have arrived.
@@ -730,133 +555,9 @@ impl Storage for Cuda {
     }
 }
 
-impl Attention for Cuda {
-    fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor> {
-        self.check_current(spans)?;
-        let y = output(q.dims(), self.dtype, &self.device)?;
-        if spans.is_empty() {
-            return Ok(y.to_dtype(q.dtype())?);
-        }
-        let heads = self.heads(q)?;
-        let lse = match tap {
-            Tap::None => 0,
-            Tap::Mass { .. } => self.control().lse()?,
-        };
-        let (singles, longer) = (self.current.singles > 0, self.current.singles < spans.len());
-        if self.fast() && Self::even(&heads) {
-            if singles {
-                self.attend_decode(layer, &heads, &y, lse, protect)?;
-            }
-            if longer {
-                self.attend_prefill(layer, &heads, &y, lse, protect)?;
-            }
-        } else {
-            self.attend_plain(layer, &heads, &y, lse, protect, 2)?;
-        }
-        if let Tap::Mass { decay, layer: whole } = tap {
-            let params = self.mass_params(layer, spans, &heads, lse, protect, decay);
-            // SAFETY: attention has written `lse`; no row is longer than its bound.
-            unsafe { self.kernels.mass(&self.stream, self.element(), &params) }.map_err(driver("attention mass"))?;
-            if whole {
-                // SAFETY: as above; the policy holds the same positions in each head.
-                unsafe { self.kernels.layer_mass(&self.stream, &params) }.map_err(driver("mass of a layer"))?;
-            }
-        }
-        Ok(y.to_dtype(q.dtype())?)
-    }
-}
-
-/// A recorded step.
-struct Graph {
-    graph: CudaGraph,
-    /// What its trims asked for, by layer.
-    asked: Vec<[Vec<u32>; 2]>,
-    /// The rings it knows.
-    generation: u64,
-}
-
-impl std::fmt::Debug for Graph {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Graph {{ generation: {} }}", self.generation)
-    }
-}
-
-// SAFETY: a graph is launched through its stream; the driver's handles may be used from any thread.
-unsafe impl Send for Graph {}
-
-impl Recording for Graph {
-    fn as_any(&self) -> &dyn std::any::Any {
-        self
-    }
-}
-
-/// Whether a graph holds a copy whose source is host memory: by the time of a replay something else lies there.
-fn copies_from_host(graph: &CudaGraph) -> std::result::Result<bool, DriverError> {
-    let mut count = 0;
-    // SAFETY: the graph is alive; with no array the driver writes the number of nodes alone.
-    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }.result()?;
-    let mut nodes = vec![std::ptr::null_mut(); count];
-    // SAFETY: the array has room for `count` nodes.
-    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), nodes.as_mut_ptr(), &mut count) }.result()?;
-    for node in nodes {
-        let mut kind = sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
-        // SAFETY: a node of this graph.
-        unsafe { sys::cuGraphNodeGetType(node, &mut kind) }.result()?;
-        if kind == sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY {
-            let mut copy = std::mem::MaybeUninit::<sys::CUDA_MEMCPY3D>::zeroed();
-            // SAFETY: a node of this graph that is a copy; all zeros is a valid value of the structure.
-            let copy = unsafe {
-                sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()).result()?;
-                copy.assume_init()
-            };
-            if copy.srcMemoryType == sys::CUmemorytype::CU_MEMORYTYPE_HOST {
-                return Ok(true);
-            }
-        }
-    }
-    Ok(false)
-}
-
 impl Drop for Cuda {
     /// Page-locked memory is given back at once, so nothing may still be copying to or from it.
     fn drop(&mut self) {
         _ = self.stream.synchronize();
-    }
-}
-
-impl Capture for Cuda {
-    fn begin_capture(&mut self) -> Result<()> {
-        *self.unrepeatable.borrow_mut() = None;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        self.stream.begin_capture(mode).map_err(driver("beginning a capture; take the device from `cuda_device`"))?;
-        self.capturing = true;
-        Ok(())
-    }
-
-    fn end_capture(&mut self) -> Result<Box<dyn Recording>> {
-        self.capturing = false;
-        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = self.stream.end_capture(flags).map_err(driver("ending a capture"))?;
-        if let Some(what) = self.unrepeatable.borrow_mut().take() {
-            return Err(Error::Config(format!("this step cannot be replayed: {what}")));
-        }
-        let graph = graph.ok_or_else(|| Error::Config("the captured step did nothing".into()))?;
-        if copies_from_host(&graph).map_err(driver("looking at a graph"))? {
-            return Err(Error::Config(
-                "this step cannot be replayed: it copies from host memory, as candle does for scalars and strided shapes"
-                    .into(),
-            ));
-        }
-        Ok(Box::new(Graph { graph, asked: self.asked(), generation: self.generation }))
-    }
-
-    fn replay(&mut self, recording: &dyn Recording) -> Result<()> {
-        let graph = recording.as_any().downcast_ref::<Graph>();
-        let graph = graph.ok_or_else(|| Error::Config(format!("{recording:?} was not recorded by this backend")))?;
-        if graph.generation != self.generation {
-            return Err(Error::Config("marks began after the step was recorded: record it again".into()));
-        }
-        self.ask_again(&graph.asked)?;
-        graph.graph.launch().map_err(driver("launching a graph"))
     }
 }
