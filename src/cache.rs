@@ -289,8 +289,8 @@ impl KvCache {
     /// that does not grow with the tokens seen.
     ///
     /// # Errors
-    /// [`Error::Refused`] with the reasons why this policy cannot be replayed; an error of `forward` or of the device.
-    /// The sequences are lost then: release them.
+    /// [`Error::Refused`] with the reasons why this policy cannot be replayed: nothing has changed then. After an error of
+    /// `forward` or of the device, or for want of memory, the sequences are lost: release them.
     pub fn capture<T, E: From<Error>>(
         &mut self,
         sequences: &[SeqId],
@@ -316,9 +316,11 @@ impl KvCache {
                 return Err(error.into());
             }
         };
-        self.backend.replay(&*recording)?;
-        self.end(step);
-        Ok((DecodeGraph { work, recording }, output))
+        let graph = DecodeGraph { work, recording };
+        match self.run(&graph, step)?.into_iter().next() {
+            Some((_, error)) => Err(error.into()),
+            None => Ok((graph, output)),
+        }
     }
 
     /// A further decode step of the sequences of a graph. Returns what [`end`](Self::end) returns.
@@ -327,8 +329,18 @@ impl KvCache {
     /// As [`begin`](Self::begin), and those of the device.
     pub fn replay(&mut self, graph: &DecodeGraph) -> Result<Vec<(SeqId, Error)>> {
         let step = self.begin(&graph.work)?;
-        self.backend.replay(&*graph.recording)?;
-        Ok(self.end(step))
+        self.run(graph, step)
+    }
+
+    /// Does what was recorded as a step that has begun.
+    fn run(&mut self, graph: &DecodeGraph, step: Step) -> Result<Vec<(SeqId, Error)>> {
+        match self.backend.replay(&*graph.recording) {
+            Ok(()) => Ok(self.end(step)),
+            Err(error) => {
+                self.abort(step);
+                Err(error)
+            }
+        }
     }
 
     fn check_replayable(&self) -> Result<()> {
