@@ -10,9 +10,12 @@ mod ragged;
 mod timer;
 
 use anyhow::Result;
+use ceilings::Ceilings;
 use clap::Subcommand;
-use kvpolicy::Registry;
+use comfy_table::Table;
+use kvpolicy::{Policy, Registry};
 use serde::Serialize;
+use std::sync::Arc;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -36,6 +39,21 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         What::Decode(args) => decode::run(args, registry),
         What::Prefill(args) => prefill::run(args, registry),
     }
+}
+
+/// Policies separated by `;`.
+pub(crate) fn policies(text: &str, registry: &Registry) -> Result<Vec<Arc<dyn Policy>>> {
+    Registry::split_list(text)?.into_iter().map(|text| Ok(registry.parse(text)?)).collect()
+}
+
+/// Prints what was measured: as JSON, or the ceilings and a table.
+pub(crate) fn print<R: Serialize>(json: bool, ceilings: &Ceilings, rows: &[R], table: fn(&[R]) -> Table) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "ceilings": ceilings, "rows": rows }))?);
+    } else {
+        println!("{ceilings}\n{}", table(rows));
+    }
+    Ok(())
 }
 
 /// Median and quartiles of a time.

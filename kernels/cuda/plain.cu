@@ -13,7 +13,6 @@ struct PlainParams {
     uint32_t layer, q_heads, q_stride, group;
     float scale;
     Protect protect;
-    uint32_t single; // 1: only spans of one token, 0: only longer ones, 2: all
 };
 
 namespace {
@@ -41,7 +40,6 @@ template <typename T> __device__ void plain(const PlainParams &p) {
     const Store &store = p.store;
     uint32_t token = blockIdx.x, head = blockIdx.y, d = store.head_dim;
     const Span span = p.spans[p.span_of[token]];
-    if (p.single != 2 && (span.len == 1) != (p.single == 1)) return;
     uint32_t row = store.row(p.layer, span.seat, head / p.group), len = store.len[row], now = p.positions[token];
     const T *q = (const T *)p.q + (size_t)token * p.q_stride + head * d;
     float max = -INFINITY, sum = 0.0f;

@@ -80,8 +80,6 @@ pub struct PlainParams {
     pub scale: f32,
     /// What is never evicted.
     pub protect: Protect,
-    /// Which spans: 1 those of one token, 0 the longer ones, 2 all.
-    pub single: u32,
 }
 
 device_repr!(DecodeParams, PlainParams);

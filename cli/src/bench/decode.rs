@@ -53,14 +53,10 @@ struct Row {
 const WARM_UP: usize = 3;
 
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
-    let policies = Registry::split_list(&args.model.policies)?;
-    let policies = policies.iter().map(|text| Ok(registry.parse(text)?)).collect::<Result<Vec<_>>>()?;
+    let policies = super::policies(&args.model.policies, registry)?;
     ensure!(args.steps > 0, "steps=0: there is nothing to time");
     let device = kvpolicy::cuda_device(0)?;
     let ceilings = Ceilings::measure(&device)?;
-    if !args.model.json {
-        println!("{ceilings}");
-    }
     let model = args.model.load(&device)?;
     let mut rows = vec![];
     for &context in &args.model.context {
@@ -76,12 +72,7 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
             rows.extend(baseline(args, &device, context, batch, &ceilings)?);
         }
     }
-    if args.model.json {
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "ceilings": ceilings, "rows": rows }))?);
-    } else {
-        println!("{}", table(&rows));
-    }
-    Ok(())
+    super::print(args.model.json, &ceilings, &rows, table)
 }
 
 /// A decode loop whose tokens never leave the device.

@@ -79,12 +79,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             }
         }
     }
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "ceilings": ceilings, "rows": rows }))?);
-    } else {
-        println!("{ceilings}\n{}", table(&rows));
-    }
-    Ok(())
+    super::print(args.json, &ceilings, &rows, table)
 }
 
 pub(crate) fn heads(text: &str) -> Result<Heads> {

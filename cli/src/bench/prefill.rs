@@ -39,8 +39,7 @@ struct Row {
 }
 
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
-    let policies = Registry::split_list(&args.policies)?;
-    let policies = policies.iter().map(|text| Ok(registry.parse(text)?)).collect::<Result<Vec<_>>>()?;
+    let policies = super::policies(&args.policies, registry)?;
     ensure!(args.chunk.iter().all(|&chunk| chunk > 0), "chunk=0: a prompt is appended in pieces of at least one token");
     let device = kvpolicy::cuda_device(0)?;
     let ceilings = Ceilings::measure(&device)?;
@@ -67,12 +66,7 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
             }
         }
     }
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "ceilings": ceilings, "rows": rows }))?);
-    } else {
-        println!("{ceilings}\n{}", table(&rows));
-    }
-    Ok(())
+    super::print(args.json, &ceilings, &rows, table)
 }
 
 fn measure(device: &Device, text: &str, policy: &Arc<dyn Policy>, context: usize, chunk: usize) -> Result<Time> {

@@ -102,16 +102,7 @@ impl Cuda {
             .map_err(driver("decode attention"))
     }
 
-    /// `single`: 1 for the spans of one token, 0 for the longer ones, 2 for all.
-    fn attend_plain(
-        &self,
-        layer: usize,
-        q: &Strided,
-        y: &Tensor,
-        lse: u64,
-        protect: Protect,
-        single: u32,
-    ) -> Result<()> {
+    fn attend_plain(&self, layer: usize, q: &Strided, y: &Tensor, lse: u64, protect: Protect) -> Result<()> {
         let spec = &self.spec;
         let params = PlainParams {
             store: self.memory.store,
@@ -127,7 +118,6 @@ impl Cuda {
             group: spec.group() as u32,
             scale: 1.0 / (spec.head_dim as f32).sqrt(),
             protect: device_protect(protect),
-            single,
         };
         // SAFETY: the step's spans and positions are on the device; `y` is as large as `q`.
         unsafe { self.kernels.plain(&self.stream, self.element(), self.current.tokens as u32, &params) }
@@ -214,7 +204,7 @@ impl Attention for Cuda {
                 self.attend_prefill(layer, &heads, &y, lse, protect)?;
             }
         } else {
-            self.attend_plain(layer, &heads, &y, lse, protect, 2)?;
+            self.attend_plain(layer, &heads, &y, lse, protect)?;
         }
         if let Tap::Mass { decay, layer: whole } = tap {
             let params = self.mass_params(layer, spans, &heads, lse, protect, decay);
