@@ -1,0 +1,116 @@
+//! How much is to be evicted, and how fast gates learn, at each step.
+
+use crate::error::{Error, Result};
+
+/// The compression that training asks for. A ratio is *effective*: tokens over live entries at the end of a context, the
+/// window counted, every head alike.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Schedule {
+    /// Tokens of a training sequence.
+    pub context: usize,
+    /// The gates' window.
+    pub window: usize,
+    /// The ratio to reach.
+    pub target: f64,
+    /// Steps over which the ratio grows from 1 to the target, linearly (NVIDIA's annealing).
+    pub anneal: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Steps over which the learning rate grows from 0.
+    pub warmup: u64,
+    /// The learning rate.
+    pub rate: f64,
+}
+
+impl Schedule {
+    /// Refuses what cannot be reached.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with every fault: a target below 1 or more than the window alone allows, a window that leaves
+    /// nothing to evict, no steps.
+    pub fn check(&self) -> Result<()> {
+        let Self { context, window, target, anneal, steps, rate, .. } = *self;
+        let mut faults = vec![];
+        if !(target.is_finite() && target >= 1.0) {
+            faults.push(format!("target-cr={target} is not accepted: 1 or more"));
+        }
+        if window + 1 >= context {
+            faults
+                .push(format!("window={window} leaves nothing to evict of a context of {context}: take a longer one"));
+        } else if target * (window + 1) as f64 >= context as f64 {
+            let most = context as f64 / (window + 1) as f64;
+            faults.push(format!(
+                "target-cr={target} cannot be reached: the window of {window} alone is a compression of {most:.2} at \
+                 {context} tokens; take a shorter window or a longer context"
+            ));
+        }
+        if steps == 0 || anneal == 0 {
+            faults.push(format!("steps={steps}, anneal={anneal}: 1 or more"));
+        }
+        if !(rate.is_finite() && rate > 0.0) {
+            faults.push(format!("rate={rate} is not accepted: above 0"));
+        }
+        if faults.is_empty() { Ok(()) } else { Err(Error::Config(faults.join("; "))) }
+    }
+
+    /// The ratio asked for at a step.
+    pub fn ratio(&self, step: u64) -> f64 {
+        1.0 + (self.target - 1.0) * (step as f64 / self.anneal as f64).min(1.0)
+    }
+
+    /// The share of decisions to evict that makes the ratio of a step: the window holds its tokens whatever is decided.
+    pub fn evicted(&self, step: u64) -> f64 {
+        let (context, shielded) = (self.context as f64, (self.window + 1) as f64);
+        let kept = (context / self.ratio(step) - shielded) / (context - shielded);
+        1.0 - kept.min(1.0)
+    }
+
+    /// The learning rate: a linear start, then constant, the last fifth a linear descent to a tenth.
+    pub fn rate(&self, step: u64) -> f64 {
+        let up = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
+        let descent = (self.steps as f64 / 5.0).max(1.0);
+        let down = (self.steps.saturating_sub(step) as f64 / descent).min(1.0);
+        self.rate * up * (0.1 + 0.9 * down)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const GOOD: Schedule =
+        Schedule { context: 4096, window: 256, target: 8.0, anneal: 100, steps: 200, warmup: 10, rate: 1e-3 };
+
+    #[test]
+    fn the_evicted_share_makes_the_ratio() {
+        for step in [0, 10, 50, 100, 199] {
+            let live = 257.0 + (1.0 - GOOD.evicted(step)) * (4096.0 - 257.0);
+            assert!((4096.0 / live - GOOD.ratio(step)).abs() < 1e-9);
+        }
+        assert_eq!((GOOD.ratio(0), GOOD.ratio(100), GOOD.ratio(150)), (1.0, 8.0, 8.0));
+    }
+
+    #[test]
+    fn the_rate_rises_stays_and_falls() {
+        assert!(GOOD.rate(0) < GOOD.rate(9));
+        assert_eq!((GOOD.rate(9), GOOD.rate(100)), (1e-3, 1e-3));
+        assert!(GOOD.rate(199) < 0.2e-3);
+    }
+
+    #[test]
+    fn names_every_fault() {
+        for (schedule, word) in [
+            (Schedule { target: 0.5, ..GOOD }, "target-cr=0.5"),
+            (Schedule { target: f64::NAN, ..GOOD }, "target-cr=NaN"),
+            (Schedule { target: 16.0, ..GOOD }, "15.94"),
+            (Schedule { window: 4096, ..GOOD }, "window=4096"),
+            (Schedule { steps: 0, ..GOOD }, "steps=0"),
+            (Schedule { rate: 0.0, ..GOOD }, "rate=0"),
+        ] {
+            let error = schedule.check().unwrap_err().to_string();
+            assert!(error.contains(word), "{error} does not name {word}");
+        }
+        assert!(GOOD.check().is_ok());
+    }
+}
