@@ -8,6 +8,7 @@
 //! Gradients are written out by hand: nothing records a graph, and no `[heads, tokens, tokens]` tensor exists.
 
 mod adamw;
+pub mod facts;
 mod gating;
 mod schedule;
 

@@ -88,9 +88,12 @@ pub(crate) struct ModelArgs {
     /// Where the model runs and keeps its cache: cpu, cuda, or cuda:N for a GPU of several.
     #[arg(long, default_value = "cpu")]
     device: Place,
-    /// Type of weights and activations of a safetensors model [default: f32, on a GPU bf16].
+    /// Type of weights and activations, unless they are quantized [default: f32, on a GPU bf16].
     #[arg(long, value_enum)]
     dtype: Option<Float>,
+    /// Make the weights of a GGUF file dense, in the type of --dtype.
+    #[arg(long)]
+    dequantize: bool,
     /// Type of stored keys and values [default: f32, on a GPU bf16].
     #[arg(long, value_enum)]
     kv_dtype: Option<Float>,
@@ -104,7 +107,7 @@ pub(crate) struct ModelArgs {
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<Hosted> {
-        let mut options = LoadOptions::on(self.device.device()?);
+        let mut options = LoadOptions { dequantize: self.dequantize, ..LoadOptions::on(self.device.device()?) };
         if let Some(dtype) = self.dtype {
             options.dtype = dtype.dtype();
         }

@@ -59,7 +59,7 @@ impl Model {
         let norm = weights.tensor("model.norm.weight", &[config.hidden])?;
         let output = if !config.tied {
             weights.linear("lm_head", config.hidden, config.vocab, false)?
-        } else if let Weights::Gguf(_) = weights {
+        } else if weights.quantized() {
             weights.linear("model.embed_tokens", config.hidden, config.vocab, false)?
         } else {
             Linear { matrix: Matrix::Dense(embedding.clone()), bias: None }

@@ -192,9 +192,18 @@ impl Tokenizer {
     ///
     /// [`Error::Tokenizer`] when a word-level vocabulary has neither the word nor an unknown token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode_within(text)?;
+        if ids.starts_with(&self.prefix) { Ok(ids) } else { Ok([&self.prefix, ids.as_slice()].concat()) }
+    }
+
+    /// The ids of a piece of text that goes on: no bos is put first.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::encode`].
+    pub fn encode_within(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
-        let ids = encoding.get_ids();
-        if ids.starts_with(&self.prefix) { Ok(ids.to_vec()) } else { Ok([&self.prefix, ids].concat()) }
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of `ids`: special tokens and ids without a token give none, bytes that are not UTF-8 give `U+FFFD`.

@@ -88,6 +88,8 @@ pub(crate) struct GgufFile {
     content: gguf_file::Content,
     reader: BufReader<File>,
     pub(crate) device: Device,
+    /// What projections and activations become; `None`: projections stay quantized, with f32 activations.
+    dense: Option<DType>,
 }
 
 impl Weights {
@@ -107,6 +109,11 @@ impl Weights {
 
     pub(crate) fn random(seed: u64, dtype: DType, device: &Device) -> Self {
         Self::Random(Random { state: seed, dtype, device: device.clone() })
+    }
+
+    /// Whether projections stay as a file has them, quantized.
+    pub(crate) fn quantized(&self) -> bool {
+        matches!(self, Self::Gguf(GgufFile { dense: None, .. }))
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
@@ -129,7 +136,7 @@ impl Weights {
     pub(crate) fn dtype(&self) -> DType {
         match self {
             Self::SafeTensors(source) => source.dtype,
-            Self::Gguf(_) => DType::F32,
+            Self::Gguf(source) => source.dense.unwrap_or(DType::F32),
             Self::Random(source) => source.dtype,
         }
     }
@@ -142,7 +149,7 @@ impl Weights {
                 Some(tensor) => tensor.to_dtype(source.dtype)?,
                 None => return Err(Error::Model(format!("the safetensors files have no tensor `{name}`"))),
             },
-            Self::Gguf(source) => source.dense(&gguf_name(name))?,
+            Self::Gguf(source) => source.tensor(&gguf_name(name))?.to_dtype(source.dense.unwrap_or(DType::F32))?,
             Self::Random(source) => source.next(name, shape)?,
         };
         check_shape(name, tensor.dims(), shape)?;
@@ -160,7 +167,7 @@ impl Weights {
         let biases = biases.collect::<Result<Vec<_>>>()?;
         let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
         let weights = parts.iter().map(|(name, out)| (format!("{name}.weight"), [*out, input]));
-        let matrix = if let Self::Gguf(source) = self {
+        let matrix = if let Self::Gguf(source @ GgufFile { dense: None, .. }) = self {
             Matrix::Quantized(weights.map(|(name, shape)| source.matrix(&name, &shape)).collect::<Result<_>>()?)
         } else {
             let weights = weights.map(|(name, shape)| self.tensor(&name, &shape)).collect::<Result<Vec<_>>>()?;
@@ -182,7 +189,7 @@ impl Random {
 }
 
 impl GgufFile {
-    pub(crate) fn open(path: &Path, device: &Device) -> Result<Self> {
+    pub(crate) fn open(path: &Path, device: &Device, dense: Option<DType>) -> Result<Self> {
         let bad = |what: String| Error::file(path, what);
         let file = File::open(path).map_err(|e| bad(e.to_string()))?;
         let length = file.metadata().map_err(|e| bad(e.to_string()))?.len();
@@ -199,7 +206,7 @@ impl GgufFile {
                 return Err(bad(format!("is cut off: tensor `{name}` ends at byte {end} of {length}")));
             }
         }
-        Ok(Self { path: path.to_path_buf(), content, reader, device: device.clone() })
+        Ok(Self { path: path.to_path_buf(), content, reader, device: device.clone(), dense })
     }
 
     pub(crate) fn metadata(&self) -> &HashMap<String, gguf_file::Value> {
@@ -211,7 +218,8 @@ impl GgufFile {
         self.content.tensor_infos.contains_key(name)
     }
 
-    pub(crate) fn dense(&mut self, name: &str) -> Result<Tensor> {
+    /// Dequantized, f32.
+    pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor> {
         let device = self.device.clone();
         Ok(self.quantized(name)?.dequantize(&device)?)
     }

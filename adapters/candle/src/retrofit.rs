@@ -1,0 +1,32 @@
+//! Training DMS gates into a model (arXiv 2506.05345), its weights frozen.
+//!
+//! Each KV head of each layer gets an adapter: an RMS norm and a linear map of the residual stream that enters the layer to
+//! one decision logit. They learn to evict as much as a schedule asks for while the model keeps to its own dense answers
+//! (KL divergence); see [`kvpolicy::retrofit`] for the parts that depend on no model. [`run`] is the whole training,
+//! [`Trainee`] one step of it.
+
+mod evaluate;
+mod pass;
+mod run;
+mod save;
+mod text;
+mod trainee;
+
+pub use evaluate::{Evaluation, Judged};
+pub use run::{Observer, RunConfig, StepRecord, run};
+pub use save::{Checkpoint, save_gates};
+pub use text::Corpus;
+pub use trainee::{Batch, Divergence, Losses, Objective, Trainee};
+
+use crate::{
+    error::{Error, Result},
+    weights::Matrix,
+};
+use candle_core::Tensor;
+
+fn dense(matrix: &Matrix) -> Result<&Tensor> {
+    match matrix {
+        Matrix::Dense(weight) => Ok(weight),
+        Matrix::Quantized(_) => Err(Error::Model("quantized weights cannot be trained with: load them dequantized".into())),
+    }
+}

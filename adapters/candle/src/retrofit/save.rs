@@ -1,0 +1,112 @@
+//! Files: gates to use, and checkpoints to go on from.
+
+use super::trainee::Trainee;
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use kvpolicy::{PerGate, retrofit::Named};
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The key of the settings in a checkpoint's header.
+const SETTINGS: &str = "kvpolicy.settings";
+
+/// Writes gates as `dms:weights=DIR/gates.safetensors` reads them: bf16 tensors by the names of NVIDIA's layout, and
+/// beside them a `config.json` with the `dms_*` fields and `about`, whatever else is to be known of them.
+///
+/// # Errors
+/// [`Error::File`] naming the file that cannot be written.
+pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<String, Value>) -> Result<PathBuf> {
+    let per = match trainee.gates.per {
+        PerGate::Head => "head",
+        PerGate::Layer => "layer",
+    };
+    let mut config = json!({
+        "dms_window_size": trainee.gates.window,
+        "dms_alpha_scale": trainee.scale,
+        "dms_initial_alpha_offset": trainee.offset,
+        "dms_alpha_per": per,
+        "dms_separate_alpha": true,
+        "dms_disable_eviction": false,
+    });
+    if let Value::Object(fields) = &mut config {
+        fields.extend(about);
+    }
+    create(dir)?;
+    let rounded = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::BF16)?));
+    let tensors = params.iter().map(rounded).collect::<Result<Named>>()?;
+    let path = dir.join("gates.safetensors");
+    write(&path, &tensors, None)?;
+    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(dir, e))?;
+    replace(&dir.join("config.json"), |temporary| fs::write(temporary, text + "\n"))?;
+    Ok(path)
+}
+
+/// The whole state of a training.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Of the optimizer.
+    pub state: Named,
+    /// What the training was told.
+    pub settings: Value,
+}
+
+impl Checkpoint {
+    /// The checkpoint of a folder.
+    pub fn path(dir: &Path) -> PathBuf {
+        dir.join("checkpoint.safetensors")
+    }
+
+    /// Writes it; until the new one is whole, the one before stays.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<PathBuf> {
+        create(dir)?;
+        let path = Self::path(dir);
+        write(&path, &self.state, Some(HashMap::from([(SETTINGS.to_string(), self.settings.to_string())])))?;
+        Ok(path)
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is none, or it is damaged.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let path = Self::path(dir);
+        let bytes = fs::read(&path).map_err(|e| Error::file(&path, e))?;
+        let damaged = |what: String| Error::file(&path, format!("is no checkpoint, or damaged: {what}"));
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let settings = header.metadata().as_ref().and_then(|m| m.get(SETTINGS)).ok_or_else(|| damaged("no settings".into()))?;
+        let settings = serde_json::from_str(settings).map_err(|e| damaged(e.to_string()))?;
+        let state = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| damaged(e.to_string()))?;
+        Ok(Self { state: state.into_iter().collect(), settings })
+    }
+}
+
+fn create(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).map_err(|e| Error::file(dir, e))
+}
+
+fn write(path: &Path, tensors: &Named, metadata: Option<HashMap<String, String>>) -> Result<()> {
+    let here = tensors.iter().map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?)));
+    let here = here.collect::<Result<Vec<_>>>()?;
+    replace(path, |temporary| {
+        safetensors::serialize_to_file(here.iter().map(|(name, tensor)| (name, tensor)), metadata, temporary)
+            .map_err(std::io::Error::other)
+    })
+}
+
+/// Writes a file beside its place and puts it there when it is whole.
+fn replace(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
+    let temporary = path.with_extension("part");
+    let done = write(&temporary).and_then(|_| fs::rename(&temporary, path));
+    done.map_err(|e| {
+        _ = fs::remove_file(&temporary);
+        Error::file(path, e)
+    })
+}
