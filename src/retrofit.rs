@@ -14,4 +14,4 @@ mod schedule;
 
 pub use adamw::{AdamW, AdamWConfig, Named, accumulate};
 pub use gating::{HIDDEN, SoftGates, compression_loss, hard_keep};
-pub use schedule::Schedule;
+pub use schedule::{Rate, Schedule};

@@ -12,6 +12,7 @@ mod compare;
 mod generate;
 mod model;
 mod policies;
+mod retrofit;
 mod table;
 
 use clap::{Parser, Subcommand};
@@ -34,6 +35,8 @@ enum Command {
     Generate(generate::Args),
     /// Compare policies on a model: quality, memory, speed.
     Compare(compare::Args),
+    /// Train DMS gates into a model, its weights frozen.
+    Retrofit(retrofit::Args),
     /// Measure kernels and whole models of random weights on a GPU.
     #[cfg(feature = "cuda")]
     Bench(bench::Args),
@@ -45,6 +48,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Policies(args) => policies::run(&args, &registry),
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
+        Command::Retrofit(args) => retrofit::run(&args),
         #[cfg(feature = "cuda")]
         Command::Bench(args) => bench::run(&args, &registry),
     };

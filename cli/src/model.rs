@@ -116,6 +116,15 @@ impl ModelArgs {
         Ok(Hosted { lm, options: SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None } })
     }
 
+    /// With dense weights, as training needs them.
+    pub(crate) fn load_dense(&self) -> Result<Lm> {
+        let mut options = LoadOptions { dequantize: true, ..LoadOptions::on(self.device.device()?) };
+        if let Some(dtype) = self.dtype {
+            options.dtype = dtype.dtype();
+        }
+        Ok(Lm::load(&self.model, &options)?)
+    }
+
     /// Sessions of up to this many tokens, or as many as the model was made for if that is less and more are not allowed.
     /// A GPU reserves no more than they may take.
     pub(crate) fn reach(&self, hosted: &mut Hosted, tokens: usize) {

@@ -14,12 +14,39 @@ pub struct Schedule {
     pub target: f64,
     /// Steps over which the ratio grows from 1 to the target, linearly (NVIDIA's annealing).
     pub anneal: u64,
+}
+
+/// How fast parameters learn: a linear start, then constant, the last fifth a linear descent to a tenth.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rate {
+    /// The highest learning rate.
+    pub peak: f64,
+    /// Steps of the start.
+    pub warmup: u64,
     /// Steps in all.
     pub steps: u64,
-    /// Steps over which the learning rate grows from 0.
-    pub warmup: u64,
-    /// The learning rate.
-    pub rate: f64,
+}
+
+impl Rate {
+    /// The learning rate of a step, counted from 0.
+    pub fn at(&self, step: u64) -> f64 {
+        let up = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
+        let descent = (self.steps as f64 / 5.0).max(1.0);
+        let down = (self.steps.saturating_sub(step) as f64 / descent).min(1.0);
+        self.peak * up * (0.1 + 0.9 * down)
+    }
+
+    /// Refuses what teaches nothing.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for no steps, or a rate that is not above 0.
+    pub fn check(&self) -> Result<()> {
+        let Self { peak, steps, .. } = *self;
+        if steps > 0 && peak.is_finite() && peak > 0.0 {
+            return Ok(());
+        }
+        Err(Error::Config(format!("steps={steps}, rate={peak}: at least one step, at a rate above 0")))
+    }
 }
 
 impl Schedule {
@@ -27,9 +54,9 @@ impl Schedule {
     ///
     /// # Errors
     /// [`Error::Config`] with every fault: a target below 1 or more than the window alone allows, a window that leaves
-    /// nothing to evict, no steps.
+    /// nothing to evict.
     pub fn check(&self) -> Result<()> {
-        let Self { context, window, target, anneal, steps, rate, .. } = *self;
+        let Self { context, window, target, anneal } = *self;
         let mut faults = vec![];
         if !(target.is_finite() && target >= 1.0) {
             faults.push(format!("target-cr={target} is not accepted: 1 or more"));
@@ -44,11 +71,8 @@ impl Schedule {
                  {context} tokens; take a shorter window or a longer context"
             ));
         }
-        if steps == 0 || anneal == 0 {
-            faults.push(format!("steps={steps}, anneal={anneal}: 1 or more"));
-        }
-        if !(rate.is_finite() && rate > 0.0) {
-            faults.push(format!("rate={rate} is not accepted: above 0"));
+        if anneal == 0 {
+            faults.push("anneal=0: the ratio needs at least one step to grow".into());
         }
         if faults.is_empty() { Ok(()) } else { Err(Error::Config(faults.join("; "))) }
     }
@@ -64,14 +88,6 @@ impl Schedule {
         let kept = (context / self.ratio(step) - shielded) / (context - shielded);
         1.0 - kept.min(1.0)
     }
-
-    /// The learning rate: a linear start, then constant, the last fifth a linear descent to a tenth.
-    pub fn rate(&self, step: u64) -> f64 {
-        let up = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
-        let descent = (self.steps as f64 / 5.0).max(1.0);
-        let down = (self.steps.saturating_sub(step) as f64 / descent).min(1.0);
-        self.rate * up * (0.1 + 0.9 * down)
-    }
 }
 
 #[cfg(test)]
@@ -79,8 +95,7 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    const GOOD: Schedule =
-        Schedule { context: 4096, window: 256, target: 8.0, anneal: 100, steps: 200, warmup: 10, rate: 1e-3 };
+    const GOOD: Schedule = Schedule { context: 4096, window: 256, target: 8.0, anneal: 100 };
 
     #[test]
     fn the_evicted_share_makes_the_ratio() {
@@ -93,9 +108,13 @@ mod tests {
 
     #[test]
     fn the_rate_rises_stays_and_falls() {
-        assert!(GOOD.rate(0) < GOOD.rate(9));
-        assert_eq!((GOOD.rate(9), GOOD.rate(100)), (1e-3, 1e-3));
-        assert!(GOOD.rate(199) < 0.2e-3);
+        let rate = Rate { peak: 1e-3, warmup: 10, steps: 200 };
+        assert!(rate.at(0) < rate.at(9));
+        assert_eq!((rate.at(9), rate.at(100)), (1e-3, 1e-3));
+        assert!(rate.at(199) < 0.2e-3);
+        for bad in [Rate { steps: 0, ..rate }, Rate { peak: 0.0, ..rate }, Rate { peak: f64::NAN, ..rate }] {
+            assert!(bad.check().is_err() && rate.check().is_ok());
+        }
     }
 
     #[test]
@@ -105,8 +124,7 @@ mod tests {
             (Schedule { target: f64::NAN, ..GOOD }, "target-cr=NaN"),
             (Schedule { target: 16.0, ..GOOD }, "15.94"),
             (Schedule { window: 4096, ..GOOD }, "window=4096"),
-            (Schedule { steps: 0, ..GOOD }, "steps=0"),
-            (Schedule { rate: 0.0, ..GOOD }, "rate=0"),
+            (Schedule { anneal: 0, ..GOOD }, "anneal=0"),
         ] {
             let error = schedule.check().unwrap_err().to_string();
             assert!(error.contains(word), "{error} does not name {word}");

@@ -58,6 +58,7 @@ mod loader;
 mod model;
 pub mod ops;
 mod presets;
+pub mod retrofit;
 mod session;
 mod subject;
 mod tokenizer;

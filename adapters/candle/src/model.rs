@@ -18,22 +18,22 @@ use kvpolicy::{KvCache, Step};
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    embedding: Tensor, // [vocab, hidden]
-    blocks: Vec<Block>,
-    norm: Tensor, // [hidden]
-    output: Linear,
-    inv_freq: Tensor, // f32 [head_dim / 2]
+    pub(crate) embedding: Tensor, // [vocab, hidden]
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: Tensor, // [hidden]
+    pub(crate) output: Linear,
+    pub(crate) inv_freq: Tensor, // f32 [head_dim / 2]
 }
 
 #[derive(Debug)]
-struct Block {
-    attention_norm: Tensor, // [hidden]
-    qkv: Matrix,            // hidden -> (q_heads + 2 kv_heads) * head_dim
-    heads: Heads,
-    o: Linear,
-    mlp_norm: Tensor, // [hidden]
-    gate_up: Linear,  // hidden -> 2 ffn
-    down: Linear,
+pub(crate) struct Block {
+    pub(crate) attention_norm: Tensor, // [hidden]
+    pub(crate) qkv: Matrix,            // hidden -> (q_heads + 2 kv_heads) * head_dim
+    pub(crate) heads: Heads,
+    pub(crate) o: Linear,
+    pub(crate) mlp_norm: Tensor, // [hidden]
+    pub(crate) gate_up: Linear,  // hidden -> 2 ffn
+    pub(crate) down: Linear,
 }
 
 /// What the blocks of one forward pass share.

@@ -6,16 +6,20 @@
 //! [`Trainee`] one step of it.
 
 mod evaluate;
+mod heads;
 mod pass;
 mod run;
 mod save;
+mod scratch;
 mod text;
 mod trainee;
+mod weights;
 
 pub use evaluate::{Evaluation, Judged};
-pub use run::{Observer, RunConfig, StepRecord, run};
+pub use run::{Observer, RunConfig, StepRecord, finish, run};
 pub use save::{Checkpoint, save_gates};
-pub use text::Corpus;
+pub use scratch::next_token_gradients;
+pub use text::{Corpus, Mixture, Sequence, Source};
 pub use trainee::{Batch, Divergence, Losses, Objective, Trainee};
 
 use crate::{
@@ -27,6 +31,8 @@ use candle_core::Tensor;
 fn dense(matrix: &Matrix) -> Result<&Tensor> {
     match matrix {
         Matrix::Dense(weight) => Ok(weight),
-        Matrix::Quantized(_) => Err(Error::Model("quantized weights cannot be trained with: load them dequantized".into())),
+        Matrix::Quantized(_) => {
+            Err(Error::Model("quantized weights cannot be trained with: load them dequantized".into()))
+        }
     }
 }

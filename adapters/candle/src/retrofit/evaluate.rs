@@ -118,7 +118,9 @@ impl Trainee<'_> {
             Judged::Window { sinks, .. } => {
                 let one: Vec<f32> = (0..batch.length).map(|i| if i < sinks { 0.0 } else { HIDDEN as f32 }).collect();
                 let all = Tensor::from_vec(one, (1, batch.length, 1), x.device())?;
-                Ok(Some(all.broadcast_as((batch.sequences, batch.length, heads))?.contiguous()?.reshape((tokens, heads))?))
+                Ok(Some(
+                    all.broadcast_as((batch.sequences, batch.length, heads))?.contiguous()?.reshape((tokens, heads))?,
+                ))
             }
         }
     }

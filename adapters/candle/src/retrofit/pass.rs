@@ -118,9 +118,11 @@ impl<'a> Pass<'a> {
             add("o", product(&middle, &a.attended.flatten_from(1)?)?)?;
             add("qkv", product(&qkv, &a.normed)?)?;
             add("attention_norm", ops::rms_norm_weight_gradient(x, eps, &normed)?)?;
-            for (part, linear, gradient) in
-                [("down_bias", &block.down, out), ("gate_up_bias", &block.gate_up, &gate_up), ("o_bias", &block.o, &middle)]
-            {
+            for (part, linear, gradient) in [
+                ("down_bias", &block.down, out),
+                ("gate_up_bias", &block.gate_up, &gate_up),
+                ("o_bias", &block.o, &middle),
+            ] {
                 if linear.bias.is_some() {
                     add(part, bias(gradient)?)?;
                 }
@@ -164,4 +166,3 @@ pub(super) fn embedding_gradient(ids: &Tensor, x: &Tensor, vocab: usize) -> Resu
     let one_hot = all.broadcast_eq(&ids.unsqueeze(0)?)?.to_dtype(x.dtype())?;
     Ok(one_hot.matmul(x)?.to_dtype(DType::F32)?)
 }
-

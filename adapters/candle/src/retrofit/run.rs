@@ -3,14 +3,14 @@
 use super::{
     evaluate::{Evaluation, Judged},
     save::{Checkpoint, save_gates},
-    text::{Corpus, Mixture},
+    text::Source,
     trainee::{Batch, Divergence, Losses, Objective, Trainee},
 };
 use crate::error::{Error, Result};
 use candle_core::Tensor;
 use kvpolicy::{
     GateSpec, Lag, PerGate,
-    retrofit::{AdamW, AdamWConfig, Named, Schedule, accumulate},
+    retrofit::{AdamW, AdamWConfig, Named, Rate, Schedule, accumulate},
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -19,8 +19,10 @@ use std::{path::Path, time::Instant};
 /// What a training is told. The defaults of the fields are those of `kvpolicy retrofit`.
 #[derive(Debug, Clone)]
 pub struct RunConfig {
-    /// Compression, steps, learning rate.
+    /// Compression.
     pub schedule: Schedule,
+    /// Steps and learning rate.
+    pub rate: Rate,
     /// Whether heads decide for themselves.
     pub per: PerGate,
     /// Factor of decision logits.
@@ -88,22 +90,22 @@ impl RunConfig {
     }
 
     /// What a checkpoint must have in common with a training that goes on from it.
-    fn settings(&self, corpus: &Corpus) -> Value {
-        let Schedule { context, window, target, anneal, steps, warmup, rate } = self.schedule;
+    fn settings(&self, source: &dyn Source) -> Value {
+        let Schedule { context, window, target, anneal } = self.schedule;
+        let Rate { peak, warmup, steps } = self.rate;
         let AdamWConfig { beta1, beta2, eps, weight_decay, clip } = self.optimizer;
-        let Mixture { facts, conversations, answers } = corpus.mixture;
         json!({
             "context": context, "window": window, "target-cr": target, "anneal": anneal, "steps": steps,
-            "warmup": warmup, "rate": rate, "per": format!("{:?}", self.per), "scale": self.scale,
+            "warmup": warmup, "rate": peak, "per": format!("{:?}", self.per), "scale": self.scale,
             "offset": self.offset, "tau": self.tau, "compression": self.compression,
             "divergence": format!("{:?}", self.divergence), "sequences": self.sequences, "seed": self.seed,
-            "adamw": [beta1, beta2, eps, weight_decay, clip], "mixture": [facts, conversations, answers as f64],
-            "text-tokens": corpus.text_tokens(), "text-seed": corpus.seed,
+            "adamw": [beta1, beta2, eps, weight_decay, clip], "text": source.settings(),
         })
     }
 
     fn check(&self) -> Result<()> {
         self.schedule.check()?;
+        self.rate.check()?;
         if self.sequences == 0 || self.at_a_time == 0 || self.save_every == 0 {
             let Self { sequences, at_a_time, save_every, .. } = self;
             return Err(Error::Model(format!(
@@ -121,35 +123,35 @@ impl RunConfig {
 /// (the last good checkpoint is named), files that cannot be written.
 pub fn run(
     trainee: &Trainee,
-    corpus: &Corpus,
+    source: &dyn Source,
     config: &RunConfig,
     dir: &Path,
     resume: bool,
     observer: &mut dyn Observer,
 ) -> Result<Named> {
     config.check()?;
-    corpus.check(config.schedule.context)?;
+    source.check(config.schedule.context)?;
     let mut optimizer = AdamW::new(config.optimizer, trainee.fresh()?)?;
-    let settings = config.settings(corpus);
+    let settings = config.settings(source);
     if resume {
         let checkpoint = Checkpoint::load(dir)?;
         same_settings(&checkpoint.settings, &settings)?;
         optimizer.restore(&checkpoint.state, &Checkpoint::path(dir))?;
     }
     let started = Instant::now();
-    let mut batches = Some(config.batches(corpus, optimizer.steps(), trainee)?);
-    while let Some(now) = batches.take().filter(|_| optimizer.steps() < config.schedule.steps) {
+    let mut batches = Some(config.batches(source, optimizer.steps(), trainee)?);
+    while let Some(now) = batches.take().filter(|_| optimizer.steps() < config.rate.steps) {
         let step = optimizer.steps();
         let (gradients, losses) = config.gradients(trainee, optimizer.params(), &now, step)?;
-        let gradient = optimizer.step(&gradients, config.schedule.rate(step))?;
+        let gradient = optimizer.step(&gradients, config.rate.at(step))?;
         // While the device works on this step: the text of the next.
-        batches = Some(config.batches(corpus, step + 1, trainee)?);
+        batches = Some(config.batches(source, step + 1, trainee)?);
         let record = config.record(step, &losses, &gradient, started)?;
         if !(record.divergence.is_finite() && record.gradient.is_finite()) {
             return Err(no_number(&record, dir));
         }
         observer.step(&record)?;
-        if (step + 1) % config.save_every == 0 || step + 1 == config.schedule.steps {
+        if (step + 1) % config.save_every == 0 || step + 1 == config.rate.steps {
             Checkpoint { state: optimizer.state()?, settings: settings.clone() }.save(dir)?;
         }
     }
@@ -176,17 +178,23 @@ pub fn finish(
 
 impl RunConfig {
     /// The sequences of a step, in the portions that are taken at a time.
-    fn batches(&self, corpus: &Corpus, step: u64, trainee: &Trainee) -> Result<Vec<Batch>> {
+    fn batches(&self, source: &dyn Source, step: u64, trainee: &Trainee) -> Result<Vec<Batch>> {
         let (first, all) = (step * self.sequences as u64, self.sequences as u64);
         let portion = |start: u64| {
             let end = (start + self.at_a_time as u64).min(all);
-            corpus.batch(first + start..first + end, self.schedule.context, trainee.model().device())
+            source.batch(first + start..first + end, self.schedule.context, trainee.model().device())
         };
         (0..all).step_by(self.at_a_time).map(portion).collect()
     }
 
     /// Means over the portions of a step.
-    fn gradients(&self, trainee: &Trainee, params: &Named, batches: &[Batch], step: u64) -> Result<(Named, Vec<Tensor>)> {
+    fn gradients(
+        &self,
+        trainee: &Trainee,
+        params: &Named,
+        batches: &[Batch],
+        step: u64,
+    ) -> Result<(Named, Vec<Tensor>)> {
         let objective = Objective {
             tau: self.tau,
             evicted: self.schedule.evicted(step + 1),
@@ -222,7 +230,7 @@ impl RunConfig {
             soft,
             compression: context / (shielded + (1.0 - evicted) * (context - shielded)),
             target: self.schedule.ratio(step + 1),
-            rate: self.schedule.rate(step),
+            rate: self.rate.at(step),
             gradient: gradient.to_scalar::<f32>()? as f64,
             seconds: started.elapsed().as_secs_f64(),
         })
@@ -237,7 +245,11 @@ fn mix(seed: u64, stream: u64) -> u64 {
 
 fn no_number(record: &StepRecord, dir: &Path) -> Error {
     let path = Checkpoint::path(dir);
-    let kept = if path.exists() { format!("the last good checkpoint is {}", path.display()) } else { "none was saved yet".into() };
+    let kept = if path.exists() {
+        format!("the last good checkpoint is {}", path.display())
+    } else {
+        "none was saved yet".into()
+    };
     Error::Model(format!(
         "the loss is no finite number at step {} (divergence {}, gradient {}); {kept}: go on from it with a lower rate",
         record.step, record.divergence, record.gradient

@@ -61,6 +61,12 @@ impl Checkpoint {
         dir.join("checkpoint.safetensors")
     }
 
+    /// Steps taken when it was written.
+    pub fn steps(&self) -> u64 {
+        let steps = self.state.get("steps").and_then(|steps| steps.flatten_all().ok()?.to_vec1::<i64>().ok());
+        steps.and_then(|steps| u64::try_from(*steps.first()?).ok()).unwrap_or(0)
+    }
+
     /// Writes it; until the new one is whole, the one before stays.
     ///
     /// # Errors
@@ -81,7 +87,8 @@ impl Checkpoint {
         let bytes = fs::read(&path).map_err(|e| Error::file(&path, e))?;
         let damaged = |what: String| Error::file(&path, format!("is no checkpoint, or damaged: {what}"));
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
-        let settings = header.metadata().as_ref().and_then(|m| m.get(SETTINGS)).ok_or_else(|| damaged("no settings".into()))?;
+        let settings =
+            header.metadata().as_ref().and_then(|m| m.get(SETTINGS)).ok_or_else(|| damaged("no settings".into()))?;
         let settings = serde_json::from_str(settings).map_err(|e| damaged(e.to_string()))?;
         let state = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| damaged(e.to_string()))?;
         Ok(Self { state: state.into_iter().collect(), settings })

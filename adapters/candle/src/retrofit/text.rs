@@ -10,9 +10,47 @@ use crate::{
 use candle_core::{Device, Tensor};
 use kvpolicy::retrofit::facts::{Fact, Kind};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
+use serde_json::{Value, json};
 use std::{collections::HashSet, ops::Range};
 
-/// What sequences are made of. A sequence depends on the seed and its number alone, so that training can go on anywhere.
+/// Where training sequences come from. One depends on its number alone, so that training can go on anywhere.
+pub trait Source {
+    /// Tokens of sequence `number`, and the weight of each position.
+    ///
+    /// # Errors
+    /// As [`Source::check`].
+    fn sequence(&self, number: u64, length: usize) -> Result<Sequence>;
+
+    /// Whether sequences of this length can be made.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if not: why.
+    fn check(&self, length: usize) -> Result<()>;
+
+    /// What decides about the sequences: a training goes on only with the same.
+    fn settings(&self) -> Value;
+
+    /// Sequences `numbers` of a length, where a model is.
+    ///
+    /// # Errors
+    /// As [`Source::check`].
+    fn batch(&self, numbers: Range<u64>, length: usize, device: &Device) -> Result<Batch> {
+        self.check(length)?;
+        let sequences = (numbers.end - numbers.start) as usize;
+        let mut all = Sequence::default();
+        for number in numbers {
+            let one = self.sequence(number, length)?;
+            all.tokens.extend(one.tokens);
+            all.weights.extend(one.weights);
+        }
+        let sum: f32 = all.weights.iter().sum();
+        let weights: Vec<f32> = all.weights.iter().map(|weight| weight / sum).collect();
+        let tokens = Tensor::new(all.tokens.as_slice(), device)?;
+        Ok(Batch { tokens, weights: Tensor::new(weights.as_slice(), device)?, sequences, length })
+    }
+}
+
+/// Text for a model. A sequence depends on the seed and its number.
 #[derive(Debug)]
 pub struct Corpus<'a> {
     tokenizer: &'a Tokenizer,
@@ -44,11 +82,13 @@ impl Default for Mixture {
     }
 }
 
-/// Tokens with their weights in the divergence.
+/// Tokens with the weights of their positions in the loss: what follows a token counts with its weight.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Sequence {
-    tokens: Vec<u32>,
-    weights: Vec<f32>,
+pub struct Sequence {
+    /// Tokens.
+    pub tokens: Vec<u32>,
+    /// As many.
+    pub weights: Vec<f32>,
 }
 
 impl Sequence {
@@ -69,7 +109,8 @@ const ANSWER: char = '\u{E001}';
 const ANSWERED: char = '\u{E002}';
 
 /// Words before a text that will be asked about.
-const OPENINGS: &[&str] = &["", "Read this.\n\n", "Here are my notes.\n\n", "Text:\n", "Keep the following in mind.\n\n", "Log\n---\n"];
+const OPENINGS: &[&str] =
+    &["", "Read this.\n\n", "Here are my notes.\n\n", "Text:\n", "Keep the following in mind.\n\n", "Log\n---\n"];
 
 impl<'a> Corpus<'a> {
     /// Running text, documents one after the other, for a model.
@@ -98,7 +139,8 @@ impl<'a> Corpus<'a> {
     /// # Errors
     /// [`Error::Template`] for one that the model's template refuses, or a model without a template.
     pub fn add_conversations(&mut self, conversations: &[Vec<Message>]) -> Result<()> {
-        let template = self.template.ok_or_else(|| Error::Template("the model has none, and conversations need it".into()))?;
+        let template =
+            self.template.ok_or_else(|| Error::Template("the model has none, and conversations need it".into()))?;
         for messages in conversations {
             let marked: Vec<Message> = messages.iter().map(mark_answer).collect();
             let sequence = self.read(&template.render(&marked, false)?, &[])?;
@@ -110,53 +152,6 @@ impl<'a> Corpus<'a> {
     /// Tokens of running text.
     pub fn text_tokens(&self) -> usize {
         self.text.len()
-    }
-
-    /// Whether sequences of this length can be cut.
-    ///
-    /// # Errors
-    /// [`Error::Model`] if the text is too short.
-    pub fn check(&self, length: usize) -> Result<()> {
-        if self.text.len() > length {
-            return Ok(());
-        }
-        Err(Error::Model(format!(
-            "the text is too short: {} tokens, and a sequence has {length}; give more text or a shorter context",
-            self.text.len()
-        )))
-    }
-
-    /// Sequences `numbers` of a length, where a model is.
-    ///
-    /// # Errors
-    /// [`Error::Model`] if the text is too short.
-    pub fn batch(&self, numbers: Range<u64>, length: usize, device: &Device) -> Result<Batch> {
-        self.check(length)?;
-        let sequences = (numbers.end - numbers.start) as usize;
-        let mut all = Sequence::default();
-        for number in numbers {
-            let one = self.sequence(number, length)?;
-            all.tokens.extend(one.tokens);
-            all.weights.extend(one.weights);
-        }
-        let sum: f32 = all.weights.iter().sum();
-        let weights: Vec<f32> = all.weights.iter().map(|weight| weight / sum).collect();
-        let tokens = Tensor::new(all.tokens.as_slice(), device)?;
-        Ok(Batch { tokens, weights: Tensor::new(weights.as_slice(), device)?, sequences, length })
-    }
-
-    fn sequence(&self, number: u64, length: usize) -> Result<Sequence> {
-        let mut rng = StdRng::seed_from_u64(self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(number));
-        let draw: f64 = rng.random();
-        if draw < self.mixture.facts {
-            self.with_facts(&mut rng, length)
-        } else if draw < self.mixture.facts + self.mixture.conversations && !self.conversations.is_empty() {
-            Ok(self.talk(&mut rng, length))
-        } else {
-            let mut plain = Sequence::default();
-            plain.add(self.excerpt(&mut rng, length), 1.0);
-            Ok(plain)
-        }
     }
 
     fn excerpt(&self, rng: &mut StdRng, length: usize) -> &[u32] {
@@ -189,7 +184,8 @@ impl<'a> Corpus<'a> {
             if !keys.insert(fact.question.clone()) {
                 continue;
             }
-            let statement = self.tokenizer.encode_within(&format!("{}{}", ["\n", " "][list.is_none() as usize], fact.statement))?;
+            let statement =
+                self.tokenizer.encode_within(&format!("{}{}", ["\n", " "][list.is_none() as usize], fact.statement))?;
             if used + statement.len() + frame_room > length {
                 break;
             }
@@ -254,7 +250,8 @@ impl<'a> Corpus<'a> {
             1 => format!("\n{} {}", fact.question, answer(fact)),
             // Said again: whoever has read it can go on after the first words.
             _ => {
-                let half = fact.statement.char_indices().nth(fact.statement.chars().count() / 2).map_or(0, |(at, _)| at);
+                let half =
+                    fact.statement.char_indices().nth(fact.statement.chars().count() / 2).map_or(0, |(at, _)| at);
                 let half = fact.statement[..half].rfind(' ').unwrap_or(half);
                 format!("\n{}{ANSWER}{}{ANSWERED}", &fact.statement[..half], &fact.statement[half..])
             }
@@ -282,6 +279,40 @@ impl<'a> Corpus<'a> {
             }
         }
         Ok(all)
+    }
+}
+
+impl Source for Corpus<'_> {
+    fn sequence(&self, number: u64, length: usize) -> Result<Sequence> {
+        let mut rng = StdRng::seed_from_u64(self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(number));
+        let draw: f64 = rng.random();
+        if draw < self.mixture.facts {
+            self.with_facts(&mut rng, length)
+        } else if draw < self.mixture.facts + self.mixture.conversations && !self.conversations.is_empty() {
+            Ok(self.talk(&mut rng, length))
+        } else {
+            let mut plain = Sequence::default();
+            plain.add(self.excerpt(&mut rng, length), 1.0);
+            Ok(plain)
+        }
+    }
+
+    fn check(&self, length: usize) -> Result<()> {
+        if self.text.len() > length {
+            return Ok(());
+        }
+        Err(Error::Model(format!(
+            "the text is too short: {} tokens, and a sequence has {length}; give more text or a shorter context",
+            self.text.len()
+        )))
+    }
+
+    fn settings(&self) -> Value {
+        let Mixture { facts, conversations, answers } = self.mixture;
+        json!({
+            "mixture": [facts, conversations, answers as f64], "text-tokens": self.text.len(),
+            "conversations": self.conversations.len(), "text-seed": self.seed,
+        })
     }
 }
 

@@ -1,0 +1,123 @@
+//! A model's weights by name, to be trained: out of it in f32, and into it in its own type.
+
+use super::dense;
+use crate::{
+    config::Config,
+    error::{Error, Result},
+    model::Model,
+    weights::Matrix,
+};
+use candle_core::{DType, Tensor};
+use kvpolicy::retrofit::Named;
+
+impl Model {
+    /// Its weights, f32, by their place: `embedding`, `norm`, `output` (unless it is the embedding) and
+    /// `layers.N.PART`, projections of the same input joined.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if they are quantized.
+    pub fn parameters(&mut self) -> Result<Named> {
+        self.slots()?.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?))).collect()
+    }
+
+    /// Takes weights over, those that are named.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if one is of another shape, or the model's are quantized.
+    pub fn set_parameters(&mut self, named: &Named) -> Result<()> {
+        for (name, slot) in self.slots()? {
+            let Some(new) = named.get(&name) else { continue };
+            if new.dims() != slot.dims() {
+                return Err(Error::Model(format!("weights `{name}`: {:?} instead of {:?}", new.dims(), slot.dims())));
+            }
+            *slot = new.to_dtype(slot.dtype())?.to_device(slot.device())?;
+        }
+        if self.config().tied {
+            self.output.matrix = Matrix::Dense(self.embedding.clone());
+        }
+        Ok(())
+    }
+
+    fn slots(&mut self) -> Result<Vec<(String, &mut Tensor)>> {
+        let tied = self.config().tied;
+        let mut all: Vec<(String, &mut Tensor)> = vec![];
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            let mut add = |part: &str, tensor| all.push((format!("layers.{layer}.{part}"), tensor));
+            add("attention_norm", &mut block.attention_norm);
+            add("mlp_norm", &mut block.mlp_norm);
+            add("qkv", dense_mut(&mut block.qkv)?);
+            for (part, tensor) in [
+                ("qkv_bias", &mut block.heads.bias),
+                ("q_norm", &mut block.heads.q_norm),
+                ("k_norm", &mut block.heads.k_norm),
+                ("o_bias", &mut block.o.bias),
+                ("gate_up_bias", &mut block.gate_up.bias),
+                ("down_bias", &mut block.down.bias),
+            ] {
+                tensor.iter_mut().for_each(|tensor| add(part, tensor));
+            }
+            for (part, linear) in [("o", &mut block.o), ("gate_up", &mut block.gate_up), ("down", &mut block.down)] {
+                add(part, dense_mut(&mut linear.matrix)?);
+            }
+        }
+        all.push(("embedding".into(), &mut self.embedding));
+        all.push(("norm".into(), &mut self.norm));
+        if !tied {
+            all.push(("output".into(), dense_mut(&mut self.output.matrix)?));
+        }
+        Ok(all)
+    }
+
+    /// Its weights by the names of Hugging Face.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if they are quantized.
+    pub fn hf_tensors(&self) -> Result<Named> {
+        let Config { q_heads, kv_heads, head_dim, ffn, tied, .. } = *self.config();
+        let (q, kv) = (q_heads * head_dim, kv_heads * head_dim);
+        let mut all = Named::new();
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let name = |part: &str| format!("model.layers.{layer}.{part}");
+            let mut split = |tensor: &Tensor, ending: &str, parts: &[(&str, usize)]| -> Result<()> {
+                let mut from = 0;
+                for (part, rows) in parts {
+                    all.insert(name(&format!("{part}.{ending}")), tensor.narrow(0, from, *rows)?.contiguous()?);
+                    from += rows;
+                }
+                Ok(())
+            };
+            let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
+            let gate_up = [("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)];
+            let whole = |tensor: &Tensor| tensor.dims()[0];
+            split(dense(&block.qkv)?, "weight", &qkv)?;
+            for (linear, parts) in [
+                (&block.gate_up, &gate_up[..]),
+                (&block.o, &[("self_attn.o_proj", self.config().hidden)]),
+                (&block.down, &[("mlp.down_proj", self.config().hidden)]),
+            ] {
+                split(dense(&linear.matrix)?, "weight", parts)?;
+                linear.bias.iter().try_for_each(|bias| split(bias, "bias", parts))?;
+            }
+            block.heads.bias.iter().try_for_each(|bias| split(bias, "bias", &qkv))?;
+            for (part, tensor) in [("self_attn.q_norm", &block.heads.q_norm), ("self_attn.k_norm", &block.heads.k_norm)]
+            {
+                tensor.iter().try_for_each(|tensor| split(tensor, "weight", &[(part, whole(tensor))]))?;
+            }
+            split(&block.attention_norm, "weight", &[("input_layernorm", whole(&block.attention_norm))])?;
+            split(&block.mlp_norm, "weight", &[("post_attention_layernorm", whole(&block.mlp_norm))])?;
+        }
+        all.insert("model.embed_tokens.weight".into(), self.embedding.clone());
+        all.insert("model.norm.weight".into(), self.norm.clone());
+        if !tied {
+            all.insert("lm_head.weight".into(), dense(&self.output.matrix)?.clone());
+        }
+        Ok(all)
+    }
+}
+
+fn dense_mut(matrix: &mut Matrix) -> Result<&mut Tensor> {
+    match matrix {
+        Matrix::Dense(weight) => Ok(weight),
+        Matrix::Quantized(_) => Err(Error::Model("quantized weights cannot be trained: load them dequantized".into())),
+    }
+}
