@@ -1,13 +1,13 @@
 // Attention of a training step whose gates are soft, forward and backward, on tensor cores.
 //
 // Forward is flash attention. Backward are two kernels of one shape, so that no sum needs atomics: one by keys, whose
-// thread blocks own a tile of keys and walk over the queries of every head of the group (dk, dv, dkeep), and one by
-// queries, whose thread blocks own queries and walk over keys (dq). What a block owns are the *rows* of its products,
-// what it walks over the *columns*: then weights and their gradients leave the first two products as accumulators laid
-// out like the left operand of the next, and never pass through shared memory.
+// thread blocks own keys and walk over the queries of every head of the group (dk, dv, dkeep), and one by queries,
+// whose thread blocks own queries and walk over keys (dq). What a block owns are the *rows* of its products, what it
+// walks over the *columns*: then weights and their gradients leave the first two products as accumulators laid out like
+// the left operand of the next, and never pass through shared memory.
 //
-// The gate and the causal mask are what the accumulators of the scores start from. A row always sees its own key with no
-// gate, so no row is without a weight.
+// The gate and the causal mask are what the accumulators of the scores start from. A query always sees its own key with
+// no gate, so none is without a weight.
 #include "mma.cuh"
 #include "soft.cuh"
 
@@ -18,15 +18,17 @@ constexpr float SLACK = 8.0f;
 // What a hidden score starts from: finite, so that plain arithmetic is all that is asked of tensor cores.
 constexpr float HIDDEN = -1e30f;
 
-// What is compiled in. Each warp has BLOCKS times 16 rows and takes CHUNK columns of a tile of COLUMNS at a time; it keeps
-// the first HOLD of its operands in registers.
-template <typename T_, int DIM_, int WARPS_, int BLOCKS_, int COLUMNS_, int CHUNK_, int HOLD_, bool BACKWARD_> struct Shape {
+// What is compiled in. Each warp has BLOCKS times 16 rows and takes CHUNK columns of a tile of COLUMNS at a time; it
+// keeps the first HOLD of its operands in registers.
+template <typename T_, int DIM_, int WARPS_, int BLOCKS_, int COLUMNS_, int CHUNK_, int HOLD_, bool BACKWARD_>
+struct Shape {
     using T = T_;
     using L = Lines<DIM_>;
     static constexpr int DIM = DIM_, WARPS = WARPS_, BLOCKS = BLOCKS_, COLUMNS = COLUMNS_, CHUNK = CHUNK_, HOLD = HOLD_;
     static constexpr int THREADS = WARPS * 32, WARP_ROWS = BLOCKS * 16, ROWS = WARPS * WARP_ROWS, CHUNKS = DIM / 8;
     static_assert(COLUMNS % CHUNK == 0 && CHUNK % 16 == 0 && COLUMNS <= THREADS, "");
-    // Shared memory: one or two operands of the rows, then two stages of two operands of the columns and 8 bytes a column.
+    // Shared memory: one or two operands of the rows, then two stages of two operands of the columns and 8 bytes for
+    // each column.
     static constexpr uint32_t OPERAND = ROWS * L::BYTES, PART = COLUMNS * L::BYTES, NUMBERS = 2 * PART;
     static constexpr uint32_t STAGE = NUMBERS + COLUMNS * 8, STAGES = (BACKWARD_ ? 2 : 1) * OPERAND;
     static constexpr uint32_t BYTES = STAGES + 2 * STAGE;
@@ -45,7 +47,8 @@ __device__ inline Kind kind_of(int ahead, int queries, int keys, int window) {
 
 // Rows first.. of a head to shared memory, zeros from `length` on: asynchronous.
 template <class S, int ROWS>
-__device__ inline void copy_rows(uint32_t to, const HeadView<const typename S::T> &head, uint32_t first, uint32_t length) {
+__device__ inline void copy_rows(uint32_t to, const HeadView<const typename S::T> &head, uint32_t first,
+                                 uint32_t length) {
     static_assert(ROWS * S::CHUNKS % S::THREADS == 0, "");
 #pragma unroll
     for (int j = 0; j < ROWS * S::CHUNKS / S::THREADS; j++) {
@@ -165,7 +168,8 @@ template <class S> __device__ inline void gather(Sums<S> &sums, const Scores<S> 
     }
 }
 
-// What scores start from. `gate(m, n, h, c)`: that of an element's key; `distance`: its query's position less its key's.
+// What scores start from. `gate(m, n, h, c)`: that of an element's key; `distance`: its query's position less its
+// key's.
 template <class S, typename Gate, typename Distance>
 __device__ inline void start(Scores<S> &s, Kind kind, int window, Gate gate, Distance distance) {
     if (kind == WITHIN) {
@@ -181,7 +185,8 @@ __device__ inline void start(Scores<S> &s, Kind kind, int window, Gate gate, Dis
 }
 
 // Leaves a warp's rows, times `scale` of each, in shared memory, where one of its operands was.
-template <class S, typename F> __device__ inline void leave(const Sums<S> &sums, unsigned char *to, uint32_t warp_row, F scale) {
+template <class S, typename F>
+__device__ inline void leave(const Sums<S> &sums, unsigned char *to, uint32_t warp_row, F scale) {
     const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < S::BLOCKS * 2; i++) {
@@ -216,6 +221,35 @@ template <class S> __device__ inline uint32_t column_part() {
     uint32_t lane = threadIdx.x % 32;
     return S::L::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
+
+// Where a thread block works: the tiles with most columns come first.
+struct Tile {
+    uint32_t first; // its first row's token in the sequence
+    uint32_t sequence, head;
+
+    // `late`: the last tokens see most.
+    __device__ Tile(const Soft &soft, uint32_t heads, uint32_t rows, bool late) {
+        uint32_t parts = heads * soft.sequences, tile = blockIdx.x / parts, tiles = (soft.length + rows - 1) / rows;
+        first = (late ? tiles - 1 - tile : tile) * rows;
+        sequence = blockIdx.x % parts / heads, head = blockIdx.x % heads;
+    }
+};
+
+// The heads of qkv and of a tensor of the queries' shape in one sequence.
+template <typename T> struct Heads {
+    const Soft &soft;
+    uint32_t sequence;
+
+    __device__ HeadView<T> q(T *base, uint32_t head) const { return of(base, head); }
+    __device__ HeadView<T> k(T *base, uint32_t head) const { return of(base, soft.q_heads + head); }
+    __device__ HeadView<T> v(T *base, uint32_t head) const { return of(base, soft.q_heads + soft.kv_heads + head); }
+    __device__ HeadView<T> y(T *base, uint32_t head) const {
+        return head_view(base, soft, sequence, soft.q_heads, head);
+    }
+    __device__ HeadView<T> of(T *base, uint32_t head) const {
+        return head_view(base, soft, sequence, soft.heads(), head);
+    }
+};
 
 // The online softmax of a warp's rows. Of each block of 16 a lane has rows lane / 4 + {0, 8}.
 template <class S> struct Online {
@@ -272,27 +306,48 @@ template <class S> struct Online {
     }
 };
 
+template <class S>
+__device__ inline void finish(const SoftForward &p, const Tile &tile, const Online<S> &online, unsigned char *memory,
+                              uint32_t warp_row) {
+    using T = typename S::T;
+    const Soft &soft = p.soft;
+    const uint32_t lane = threadIdx.x % 32;
+    float sum[S::BLOCKS][2];
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS * 2; i++) {
+        float x = online.sum[i / 2][i % 2];
+        x += __shfl_xor_sync(~0u, x, 1);
+        x += __shfl_xor_sync(~0u, x, 2);
+        sum[i / 2][i % 2] = x;
+        uint32_t query = tile.first + warp_row + lane / 4 + i * 8;
+        size_t at = ((size_t)tile.sequence * soft.length + query) * soft.q_heads + tile.head;
+        if (lane % 4 == 0 && query < soft.length) p.lse[at] = (online.top[i / 2][i % 2] + log2f(x)) / LOG2E;
+    }
+    __syncwarp(); // the queries there are this warp's alone
+    leave<S>(online.y, memory, warp_row, [&](int m, int h) { return 1.0f / sum[m][h]; });
+    __syncwarp();
+    const auto y = Heads<T>{soft, tile.sequence}.y((T *)p.y, tile.head);
+    write<S>(y, memory, tile.first, warp_row, soft.length);
+}
+
 template <class S> __device__ inline void forward(const SoftForward &p) {
     using T = typename S::T;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Soft &soft = p.soft;
     const uint32_t shared = shared_address(memory), lane = threadIdx.x % 32;
-    const uint32_t tiles = (soft.length + S::ROWS - 1) / S::ROWS, parts = soft.q_heads * soft.sequences;
-    // The tiles that see most come first.
-    const uint32_t first = (tiles - 1 - blockIdx.x / parts) * S::ROWS, warp_row = threadIdx.x / 32 * S::WARP_ROWS;
-    const uint32_t sequence = blockIdx.x % parts / soft.q_heads, head = blockIdx.x % soft.q_heads;
-    const uint32_t kv_head = head / soft.group(), end = min(first + S::ROWS, soft.length);
+    const Tile tile(soft, soft.q_heads, S::ROWS, true);
+    const uint32_t first = tile.first, warp_row = threadIdx.x / 32 * S::WARP_ROWS;
+    const uint32_t kv_head = tile.head / soft.group(), end = min(first + S::ROWS, soft.length);
     const T *qkv = (const T *)soft.qkv;
-    const auto q = head_view(qkv, soft, sequence, soft.heads(), head);
-    const auto k = head_view(qkv, soft, sequence, soft.heads(), soft.q_heads + kv_head);
-    const auto v = head_view(qkv, soft, sequence, soft.heads(), soft.q_heads + soft.kv_heads + kv_head);
+    const Heads<const T> heads{soft, tile.sequence};
+    const auto k = heads.k(qkv, kv_head), v = heads.v(qkv, kv_head);
     auto copy = [&](uint32_t key, uint32_t stage) {
         uint32_t to = shared + S::STAGES + stage * S::STAGE;
         copy_rows<S, S::COLUMNS>(to, k, key, soft.length);
         copy_rows<S, S::COLUMNS>(to + S::PART, v, key, soft.length);
-        copy_gates<S>(to + S::NUMBERS, soft, sequence, kv_head, key);
+        copy_gates<S>(to + S::NUMBERS, soft, tile.sequence, kv_head, key);
     };
-    copy_rows<S, S::ROWS>(shared, q, first, soft.length);
+    copy_rows<S, S::ROWS>(shared, heads.q(qkv, tile.head), first, soft.length);
     copy(0, 0);
     copy_commit();
 
@@ -327,23 +382,7 @@ template <class S> __device__ inline void forward(const SoftForward &p) {
         online.raise(s, scale);
         online.add(s, v_lane + stage * S::STAGE, scale);
     }
-
-    float sum[S::BLOCKS][2];
-    const size_t token = (size_t)sequence * soft.length;
-#pragma unroll
-    for (int i = 0; i < S::BLOCKS * 2; i++) {
-        float x = online.sum[i / 2][i % 2];
-        x += __shfl_xor_sync(~0u, x, 1);
-        x += __shfl_xor_sync(~0u, x, 2);
-        sum[i / 2][i % 2] = x;
-        uint32_t query = first + warp_row + lane / 4 + i * 8;
-        if (lane % 4 == 0 && query < soft.length) {
-            p.lse[(token + query) * soft.q_heads + head] = (online.top[i / 2][i % 2] + log2f(x)) / LOG2E;
-        }
-    }
-    leave<S>(online.y, memory, warp_row, [&](int m, int h) { return 1.0f / sum[m][h]; });
-    __syncwarp();
-    write<S>(head_view((T *)p.y, soft, sequence, soft.q_heads, head), memory, first, warp_row, soft.length);
+    finish<S>(p, tile, online, memory, warp_row);
 }
 
 // A warp's rows in the backward pass, and what is known of each. By keys: dk, dv and dkeep of keys; else dq of queries.
@@ -355,8 +394,8 @@ template <class S, bool BY_KEYS> struct Back {
     float gate[S::BLOCKS][2];  // by keys: what scores start from; else lse in powers of two
     float other[S::BLOCKS][2]; // by keys: this lane's part of dkeep; else the sum of dy * y
 
-    // Takes a chunk of columns: `a` and `b` are this lane's addresses in their two operands for the first products, `at`
-    // and `bt` for the sums, `numbers` its columns' pairs (by keys) or gates. `ahead`: of this lane's elements.
+    // Takes a chunk of columns: `a` and `b` are this lane's addresses in their two operands for the first products,
+    // `at` and `bt` for the sums, `numbers` its columns' pairs (by keys) or gates. `ahead`: of this lane's elements.
     __device__ void add(Kind kind, int window, int ahead, uint32_t a, uint32_t b, uint32_t at, uint32_t bt,
                         const float *numbers, float natural, float scale) {
         Scores<S> s, d;
@@ -419,112 +458,129 @@ template <int COLUMNS> struct Columns {
     }
 };
 
-template <class S, bool BY_KEYS> __device__ inline void backward(const SoftBackward &p) {
-    using T = typename S::T;
-    extern __shared__ __align__(1024) unsigned char memory[];
+// What is known of a warp's rows before they meet a column.
+template <class S, bool BY_KEYS>
+__device__ inline void begin(const SoftBackward &p, const Tile &tile, Back<S, BY_KEYS> &rows, uint32_t warp_row) {
     const Soft &soft = p.soft;
-    const uint32_t shared = shared_address(memory), lane = threadIdx.x % 32, length = soft.length;
-    const uint32_t heads = BY_KEYS ? soft.kv_heads : soft.q_heads, parts = heads * soft.sequences;
-    const uint32_t tile = blockIdx.x / parts, tiles = (length + S::ROWS - 1) / S::ROWS;
-    // The rows with most columns come first.
-    const uint32_t first = (BY_KEYS ? tile : tiles - 1 - tile) * S::ROWS, warp_row = threadIdx.x / 32 * S::WARP_ROWS;
-    const uint32_t sequence = blockIdx.x % parts / heads, head = blockIdx.x % heads, group = soft.group();
-    const uint32_t kv_head = BY_KEYS ? head : head / group;
-    const size_t token = (size_t)sequence * length, tokens = (size_t)soft.sequences * length;
-    auto part = [&](auto *base, uint32_t index) { return head_view(base, soft, sequence, soft.heads(), index); };
-    const T *qkv = (const T *)soft.qkv, *dy = (const T *)p.dy;
-    const auto k = part(qkv, soft.q_heads + kv_head), v = part(qkv, soft.q_heads + soft.kv_heads + kv_head);
-
-    auto copy = [&](const Columns<S::COLUMNS> &at, uint32_t stage) {
-        uint32_t to = shared + S::STAGES + stage * S::STAGE;
-        if (BY_KEYS) {
-            copy_rows<S, S::COLUMNS>(to, part(qkv, at.head), at.column, length);
-            copy_rows<S, S::COLUMNS>(to + S::PART, head_view(dy, soft, sequence, soft.q_heads, at.head), at.column, length);
-            uint32_t query = at.column + threadIdx.x;
-            bool exists = query < length;
-            const float2 *from = p.rows + at.head * tokens + token + (exists ? query : 0);
-            if (threadIdx.x < S::COLUMNS) copy_few<8>(to + S::NUMBERS + threadIdx.x * 8, from, exists);
-        } else {
-            copy_rows<S, S::COLUMNS>(to, k, at.column, length);
-            copy_rows<S, S::COLUMNS>(to + S::PART, v, at.column, length);
-            copy_gates<S>(to + S::NUMBERS, soft, sequence, kv_head, at.column);
-        }
-    };
-    const uint32_t from = BY_KEYS ? first / S::COLUMNS * S::COLUMNS : 0, end = BY_KEYS ? length : min(first + S::ROWS, length);
-    using Walk = Columns<S::COLUMNS>;
-    Walk now{from, end, BY_KEYS ? head * group : head, BY_KEYS ? head * group + group - 1 : head, from};
-    if (BY_KEYS) {
-        copy_rows<S, S::ROWS>(shared, k, first, length);
-        copy_rows<S, S::ROWS>(shared + S::OPERAND, v, first, length);
-    } else {
-        copy_rows<S, S::ROWS>(shared, part(qkv, head), first, length);
-        copy_rows<S, S::ROWS>(shared + S::OPERAND, head_view(dy, soft, sequence, soft.q_heads, head), first, length);
-    }
-    copy(now, 0);
-    copy_commit();
-
-    const float scale = soft.scale * LOG2E, natural = 1.0f / soft.scale;
-    Back<S, BY_KEYS> rows;
-    rows.first.address = shared + row_part<S>(warp_row), rows.second.address = rows.first.address + S::OPERAND;
+    const size_t token = (size_t)tile.sequence * soft.length, tokens = (size_t)soft.sequences * soft.length;
     clear<S>(rows.d_first);
     clear<S>(rows.d_second);
 #pragma unroll
     for (int i = 0; i < S::BLOCKS * 2; i++) {
-        uint32_t row = first + warp_row + lane / 4 + i * 8;
+        uint32_t row = tile.first + warp_row + threadIdx.x % 32 / 4 + i * 8;
         float &gate = rows.gate[i / 2][i % 2], &other = rows.other[i / 2][i % 2];
-        bool exists = row < length;
+        bool exists = row < soft.length;
         if (BY_KEYS) {
-            gate = exists && soft.keep ? as_start(soft.keep[(token + row) * soft.kv_heads + head], natural) : 0.0f;
-            other = 0.0f;
+            float keep = exists && soft.keep ? soft.keep[(token + row) * soft.kv_heads + tile.head] : 0.0f;
+            gate = as_start(keep, 1.0f / soft.scale), other = 0.0f;
         } else {
-            float2 known = exists ? p.rows[head * tokens + token + row] : float2{0.0f, 0.0f};
+            float2 known = exists ? p.rows[tile.head * tokens + token + row] : float2{0.0f, 0.0f};
             gate = known.x, other = known.y;
         }
     }
-    const uint32_t a = shared + S::STAGES + column_part<S>(), at = shared + S::STAGES + row_part<S>(0);
-    copy_wait<0>();
-    __syncthreads();
-    rows.first.hold();
-    rows.second.hold();
-    for (uint32_t stage = 0; now.more(); stage ^= 1) {
-        copy_wait<0>();
-        __syncthreads(); // the tile is there, and nobody reads the other stage any more
-        const Walk next = now.next();
-        if (next.more()) copy(next, stage ^ 1);
-        copy_commit();
-        const int row = first + warp_row;
-#pragma unroll 1
-        for (uint32_t i = 0; i < S::COLUMNS; i += S::CHUNK) {
-            const int ahead = BY_KEYS ? (int)(now.column + i) - row : row - (int)(now.column + i);
-            const int lane_ahead = ahead + (BY_KEYS ? (int)(lane % 4 * 2) - (int)(lane / 4) : (int)(lane / 4) - (int)(lane % 4 * 2));
-            const Kind kind = kind_of(ahead, BY_KEYS ? S::CHUNK : S::WARP_ROWS, BY_KEYS ? S::WARP_ROWS : S::CHUNK, soft.window);
-            if (kind == NONE_SEEN) continue;
-            const uint32_t skip = stage * S::STAGE + i * S::L::BYTES;
-            const float *numbers = (const float *)(memory + S::STAGES + stage * S::STAGE + S::NUMBERS);
-            rows.add(kind, soft.window, lane_ahead, a + skip, a + S::PART + skip, at + skip, at + S::PART + skip,
-                     numbers + (i + lane % 4 * 2) * (BY_KEYS ? 2 : 1), natural, scale);
-        }
-        now = next;
-    }
+}
 
-    auto scaled = [&](int, int) { return soft.scale; };
-    auto unscaled = [&](int, int) { return 1.0f; };
+// Writes a warp's gradients, by way of where its operands were.
+template <class S, bool BY_KEYS>
+__device__ inline void finish(const SoftBackward &p, const Tile &tile, const Back<S, BY_KEYS> &rows,
+                              unsigned char *memory, uint32_t warp_row) {
+    using T = typename S::T;
+    const Soft &soft = p.soft;
+    const Heads<T> heads{soft, tile.sequence};
     T *dqkv = (T *)p.dqkv;
-    __syncwarp(); // the operands are this warp's alone
-    leave<S>(rows.d_first, memory, warp_row, scaled);
-    if (BY_KEYS) leave<S>(rows.d_second, memory + S::OPERAND, warp_row, unscaled);
     __syncwarp();
-    write<S>(part(dqkv, BY_KEYS ? soft.q_heads + head : head), memory, first, warp_row, length);
+    leave<S>(rows.d_first, memory, warp_row, [&](int, int) { return soft.scale; });
+    if (BY_KEYS) leave<S>(rows.d_second, memory + S::OPERAND, warp_row, [](int, int) { return 1.0f; });
+    __syncwarp();
+    const auto d_first = BY_KEYS ? heads.k(dqkv, tile.head) : heads.q(dqkv, tile.head);
+    write<S>(d_first, memory, tile.first, warp_row, soft.length);
     if (!BY_KEYS) return;
-    write<S>(part(dqkv, soft.q_heads + soft.kv_heads + head), memory + S::OPERAND, first, warp_row, length);
+    write<S>(heads.v(dqkv, tile.head), memory + S::OPERAND, tile.first, warp_row, soft.length);
 #pragma unroll
     for (int i = 0; i < S::BLOCKS * 2; i++) {
         float x = rows.other[i / 2][i % 2];
         x += __shfl_xor_sync(~0u, x, 1);
         x += __shfl_xor_sync(~0u, x, 2);
-        uint32_t key = first + warp_row + lane / 4 + i * 8;
-        if (lane % 4 == 0 && key < length) p.dkeep[(token + key) * soft.kv_heads + head] = x;
+        uint32_t lane = threadIdx.x % 32, key = tile.first + warp_row + lane / 4 + i * 8;
+        size_t at = ((size_t)tile.sequence * soft.length + key) * soft.kv_heads + tile.head;
+        if (lane % 4 == 0 && key < soft.length) p.dkeep[at] = x;
     }
+}
+
+// A tile of columns to shared memory: asynchronous.
+template <class S, bool BY_KEYS>
+__device__ inline void copy_columns(const SoftBackward &p, const Tile &tile, const Columns<S::COLUMNS> &at,
+                                    uint32_t to) {
+    using T = typename S::T;
+    const Soft &soft = p.soft;
+    const Heads<const T> heads{soft, tile.sequence};
+    const T *qkv = (const T *)soft.qkv, *dy = (const T *)p.dy;
+    const uint32_t kv_head = tile.head / soft.group(); // of a query head
+    copy_rows<S, S::COLUMNS>(to, BY_KEYS ? heads.q(qkv, at.head) : heads.k(qkv, kv_head), at.column, soft.length);
+    to += S::PART;
+    copy_rows<S, S::COLUMNS>(to, BY_KEYS ? heads.y(dy, at.head) : heads.v(qkv, kv_head), at.column, soft.length);
+    to += S::PART;
+    if (BY_KEYS) {
+        uint32_t query = at.column + threadIdx.x;
+        bool exists = query < soft.length;
+        const float2 *rows = p.rows + ((size_t)at.head * soft.sequences + tile.sequence) * soft.length;
+        if (threadIdx.x < S::COLUMNS) copy_few<8>(to + threadIdx.x * 8, rows + (exists ? query : 0), exists);
+    } else {
+        copy_gates<S>(to, soft, tile.sequence, kv_head, at.column);
+    }
+}
+
+template <class S, bool BY_KEYS> __device__ inline void backward(const SoftBackward &p) {
+    using T = typename S::T;
+    using Walk = Columns<S::COLUMNS>;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const Soft &soft = p.soft;
+    const uint32_t shared = shared_address(memory), stages = shared + S::STAGES, lane = threadIdx.x % 32;
+    const Tile tile(soft, BY_KEYS ? soft.kv_heads : soft.q_heads, S::ROWS, !BY_KEYS);
+    const uint32_t warp_row = threadIdx.x / 32 * S::WARP_ROWS, head = tile.head, group = soft.group();
+    Walk now = BY_KEYS ? Walk{tile.first / S::COLUMNS * S::COLUMNS, soft.length, head * group, head * group + group - 1}
+                       : Walk{0, min(tile.first + S::ROWS, soft.length), head, head};
+    now.column = now.from;
+
+    const Heads<const T> heads{soft, tile.sequence};
+    const T *qkv = (const T *)soft.qkv, *dy = (const T *)p.dy;
+    copy_rows<S, S::ROWS>(shared, BY_KEYS ? heads.k(qkv, head) : heads.q(qkv, head), tile.first, soft.length);
+    const auto second = BY_KEYS ? heads.v(qkv, head) : heads.y(dy, head);
+    copy_rows<S, S::ROWS>(shared + S::OPERAND, second, tile.first, soft.length);
+    copy_columns<S, BY_KEYS>(p, tile, now, stages);
+    copy_commit();
+
+    Back<S, BY_KEYS> rows;
+    rows.first.address = shared + row_part<S>(warp_row), rows.second.address = rows.first.address + S::OPERAND;
+    begin<S, BY_KEYS>(p, tile, rows, warp_row);
+    copy_wait<0>();
+    __syncthreads();
+    rows.first.hold();
+    rows.second.hold();
+    const uint32_t a = stages + column_part<S>(), at = stages + row_part<S>(0);
+    const int row = tile.first + warp_row, lane_row = lane / 4, lane_column = lane % 4 * 2;
+    const float scale = soft.scale * LOG2E, natural = 1.0f / soft.scale;
+    for (uint32_t stage = 0; now.more(); stage ^= 1) {
+        copy_wait<0>();
+        __syncthreads(); // the tile is there, and nobody reads the other stage any more
+        const Walk next = now.next();
+        if (next.more()) copy_columns<S, BY_KEYS>(p, tile, next, stages + (stage ^ 1) * S::STAGE);
+        copy_commit();
+        const float *numbers = (const float *)(memory + S::STAGES + stage * S::STAGE + S::NUMBERS);
+#pragma unroll 1
+        for (uint32_t i = 0; i < S::COLUMNS; i += S::CHUNK) {
+            const int column = now.column + i, ahead = BY_KEYS ? column - row : row - column;
+            const int lane_ahead = ahead + (BY_KEYS ? lane_column - lane_row : lane_row - lane_column);
+            constexpr int queries = BY_KEYS ? S::CHUNK : S::WARP_ROWS, keys = BY_KEYS ? S::WARP_ROWS : S::CHUNK;
+            const Kind kind = kind_of(ahead, queries, keys, soft.window);
+            if (kind == NONE_SEEN) continue;
+            const uint32_t skip = stage * S::STAGE + i * S::L::BYTES;
+            rows.add(kind, soft.window, lane_ahead, a + skip, a + S::PART + skip, at + skip, at + S::PART + skip,
+                     numbers + (i + lane_column) * (BY_KEYS ? 2 : 1), natural, scale);
+        }
+        now = next;
+    }
+    finish<S, BY_KEYS>(p, tile, rows, memory, warp_row);
 }
 
 } // namespace

@@ -7,8 +7,8 @@
 #include "prefill.cuh"
 #include "vector.cuh"
 
-// Gates below this are taken for it; their weight is zero either way. A score much lower would round so coarsely that its
-// difference to a maximum overflows.
+// Gates below this are taken for it; their weight is zero either way. A score much lower would round so coarsely that
+// its difference to a maximum overflows.
 constexpr float LEAST_KEEP = -65536.0f;
 
 struct Soft {
@@ -54,7 +54,8 @@ __device__ inline HeadView<T> head_view(T *base, const Soft &soft, uint32_t sequ
 // What the backward pass knows of a query beside its vectors: 8 threads for each, which read N elements at a time.
 template <typename T, int N> __device__ inline void soft_rows(const SoftBackward &p) {
     const Soft &soft = p.soft;
-    const size_t row = (size_t)blockIdx.x * (blockDim.x / 8) + threadIdx.x / 8, tokens = (size_t)soft.sequences * soft.length;
+    const size_t tokens = (size_t)soft.sequences * soft.length;
+    const size_t row = (size_t)blockIdx.x * (blockDim.x / 8) + threadIdx.x / 8;
     const bool exists = row < tokens * soft.q_heads;
     const size_t from = exists ? row * soft.head_dim : 0;
     float sum = 0.0f;

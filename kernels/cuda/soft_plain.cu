@@ -1,7 +1,7 @@
 // What soft.cu computes, without tensor cores: any element type and any head size.
 //
-// A warp has one row, a query or (by keys) a key, and takes 32 columns at a time: a lane a column for the scores, a lane
-// an element for the sums, which lie in shared memory.
+// A warp has one row, a query or (by keys) a key, and takes 32 columns at a time: a lane a column for the scores, a
+// lane an element for the sums, which lie in shared memory.
 #include "soft.cuh"
 
 namespace {
@@ -16,11 +16,12 @@ template <typename T> __device__ inline float dot(const T *a, const T *b, uint32
 
 // sums += the lanes' weights times the `count` columns from `first` on.
 template <typename T>
-__device__ inline void gather(float *sums, float weight, const HeadView<const T> &columns, uint32_t first, uint32_t count,
-                              uint32_t dim) {
+__device__ inline void gather(float *sums, float weight, const HeadView<const T> &columns, uint32_t first,
+                              uint32_t count, uint32_t dim) {
     for (uint32_t j = 0; j < count; j++) {
-        float w = __shfl_sync(~0u, weight, j);
-        for (uint32_t i = threadIdx.x % 32; i < dim; i += 32) sums[i] = fmaf(w, to_float(columns.token(first + j)[i]), sums[i]);
+        const float w = __shfl_sync(~0u, weight, j);
+        const T *column = columns.token(first + j);
+        for (uint32_t i = threadIdx.x % 32; i < dim; i += 32) sums[i] = fmaf(w, to_float(column[i]), sums[i]);
     }
 }
 
@@ -46,7 +47,8 @@ struct Row {
 template <typename T> __device__ inline HeadView<const T> part(const Soft &soft, const Row &row, uint32_t head) {
     return head_view((const T *)soft.qkv, soft, row.sequence, soft.heads(), head);
 }
-template <typename T> __device__ inline HeadView<const T> part(const void *base, const Soft &soft, const Row &row, uint32_t head) {
+template <typename T>
+__device__ inline HeadView<const T> part(const void *base, const Soft &soft, const Row &row, uint32_t head) {
     return head_view((const T *)base, soft, row.sequence, soft.q_heads, head);
 }
 
@@ -64,11 +66,13 @@ template <typename T> __device__ inline void forward(const SoftForward &p) {
     float *y = memory + threadIdx.x / 32 * dim;
     for (uint32_t i = lane; i < dim; i += 32) y[i] = 0.0f;
     const T *q = part<T>(soft, row, row.head).token(row.at);
-    const auto k = part<T>(soft, row, soft.q_heads + kv_head), v = part<T>(soft, row, soft.q_heads + soft.kv_heads + kv_head);
+    const auto k = part<T>(soft, row, soft.q_heads + kv_head);
+    const auto v = part<T>(soft, row, soft.q_heads + soft.kv_heads + kv_head);
     float max = -INFINITY, sum = 0.0f;
     for (uint32_t first = 0; first <= row.at; first += 32) {
         const uint32_t key = first + lane, count = min(32u, row.at + 1 - first);
-        float s = lane < count ? dot(q, k.token(key), dim) * soft.scale + gate(soft, row, row.at, key, kv_head) : -INFINITY;
+        float s = -INFINITY;
+        if (lane < count) s = dot(q, k.token(key), dim) * soft.scale + gate(soft, row, row.at, key, kv_head);
         float top = s;
         for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
         top = fmaxf(top, max);
@@ -85,7 +89,8 @@ template <typename T> __device__ inline void forward(const SoftForward &p) {
 
 // The weight of a pair, and the gradient of its score; `row` says which sequence.
 template <typename T>
-__device__ inline float2 pair(const SoftBackward &p, const Row &row, uint32_t query, uint32_t key, uint32_t head, uint32_t kv_head) {
+__device__ inline float2 pair(const SoftBackward &p, const Row &row, uint32_t query, uint32_t key, uint32_t head,
+                              uint32_t kv_head) {
     const Soft &soft = p.soft;
     const uint32_t dim = soft.head_dim;
     const T *q = part<T>(soft, row, head).token(query), *k = part<T>(soft, row, soft.q_heads + kv_head).token(key);

@@ -65,7 +65,7 @@ pub struct SoftBackward {
 
 device_repr!(Soft, SoftForward, SoftBackward);
 
-/// How the kernels for tensor cores are cut: rows of a thread block and its bytes of shared memory, of [`THREADS`] threads.
+/// How the kernels for tensor cores are cut: rows of a thread block and its bytes of shared memory.
 struct Tiles {
     forward: (u32, u32),
     keys: (u32, u32),

@@ -12,9 +12,9 @@ const LEAST_KEEP: f32 = -65536.0;
 
 /// Attention of a training step, its gates soft.
 ///
-/// Sequences of equal length lie end to end: `tokens = sequences * length`. Queries, keys and values are one tensor `qkv`
-/// `[tokens, q_heads + 2 kv_heads, head_dim]`, in this order of heads. Query head `j` belongs to KV head `j / group`. Query
-/// `i` of a sequence attends to its keys `j <= i` with the scores
+/// Sequences of equal length lie end to end: `tokens = sequences * length`. Queries, keys and values are one tensor
+/// `qkv` `[tokens, q_heads + 2 kv_heads, head_dim]`, in this order of heads. Query head `j` belongs to KV head
+/// `j / group`. Query `i` of a sequence attends to its keys `j <= i` with the scores
 ///
 /// ```text
 /// scale * q_i . k_j                 for i - j <= window
@@ -23,8 +23,8 @@ const LEAST_KEEP: f32 = -65536.0;
 ///
 /// where `keep` `[tokens, kv_heads]` is the log-probability, at most 0, that a key is kept; where it is absent, zeros.
 ///
-/// On the CPU tensors are f32 or, for comparisons, f64; on a GPU bf16, f16 or f32. `keep`, its gradient and `lse` are f32
-/// (f64 with f64). All sums are in f32 (f64), in the same order in every run.
+/// On the CPU tensors are f32 or, for comparisons, f64; on a GPU bf16, f16 or f32. `keep`, its gradient and `lse` are
+/// f32 (f64 with f64). All sums are in f32 (f64), in the same order in every run.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -69,8 +69,8 @@ pub struct SoftGrads {
 }
 
 impl SoftAttention {
-    /// The output `[tokens, q_heads, head_dim]`, in the dtype of `qkv`, and the natural logarithm of each query's softmax
-    /// sum `[tokens, q_heads]`, which the backward pass needs.
+    /// The output `[tokens, q_heads, head_dim]`, in the dtype of `qkv`, and the natural logarithm of each query's
+    /// softmax sum `[tokens, q_heads]`, which the backward pass needs.
     ///
     /// # Errors
     /// [`Error::Config`] for numbers that make no sense or a dtype or device that is not served, [`Error::Shape`] for
