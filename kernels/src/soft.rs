@@ -111,8 +111,8 @@ impl Kernels {
     /// where `i - j > window`. Tensor cores take f16 and bf16 of head dims 32, 64 and 128.
     ///
     /// # Safety
-    /// The addresses hold what [`SoftForward`] says until the stream has passed the kernel, and there are fewer than 2^31
-    /// heads of tokens in `qkv`.
+    /// The addresses hold what [`SoftForward`] says until the stream has passed the kernel; `qkv` has fewer than 2^31
+    /// heads of tokens.
     ///
     /// # Errors
     /// The driver's.
