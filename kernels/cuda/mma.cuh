@@ -26,6 +26,21 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t addre
                  : "memory");
 }
 
+// Rows of DIM 16-bit elements in shared memory, in chunks of 16 bytes, placed so that eight rows of one chunk fall in
+// different banks: by a swizzle, or by a chunk of padding where the swizzle would leave the row.
+template <int DIM> struct Lines {
+    static constexpr bool SWIZZLED = DIM % 64 == 0;
+    static constexpr uint32_t BYTES = DIM * 2 + (SWIZZLED ? 0 : 16);
+
+    static __device__ uint32_t at(uint32_t row, uint32_t chunk) {
+        return row * BYTES + (SWIZZLED ? chunk ^ (row & 7) : chunk) * 16;
+    }
+    // From the address of chunk 0 or 1 of a line to the one `chunks` further, which is even.
+    static __device__ uint32_t step(uint32_t address, int chunks) {
+        return SWIZZLED ? (address ^ (chunks % 8 * 16)) + chunks / 8 * 128 : address + chunks * 16;
+    }
+};
+
 // d += a b for a 16x16 (row), b 16x8 (column), d 16x8 f32. Lane l holds of d: rows l/4 and l/4+8, columns 2(l%4)+{0,1}.
 template <typename T> __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

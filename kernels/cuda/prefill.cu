@@ -30,21 +30,6 @@ namespace {
 // further behind, because the accumulators must then be scaled.
 constexpr float SLACK = 8.0f;
 
-// Rows of DIM 16-bit elements in shared memory, in chunks of 16 bytes, placed so that eight rows of one chunk fall in
-// different banks: by a swizzle, or by a chunk of padding where the swizzle would leave the row.
-template <int DIM> struct Lines {
-    static constexpr bool SWIZZLED = DIM % 64 == 0;
-    static constexpr uint32_t BYTES = DIM * 2 + (SWIZZLED ? 0 : 16);
-
-    static __device__ uint32_t at(uint32_t row, uint32_t chunk) {
-        return row * BYTES + (SWIZZLED ? chunk ^ (row & 7) : chunk) * 16;
-    }
-    // From the address of chunk 0 or 1 of a line to the one `chunks` further, which is even.
-    static __device__ uint32_t step(uint32_t address, int chunks) {
-        return SWIZZLED ? (address ^ (chunks % 8 * 16)) + chunks / 8 * 128 : address + chunks * 16;
-    }
-};
-
 // What is compiled in. Each warp has BLOCKS times 16 of the tile's rows; with HOLD it keeps its queries in registers.
 template <typename T_, int DIM_, int WARPS_, int BLOCKS_, int KEYS_, bool HOLD_> struct Shape {
     using T = T_;

@@ -15,6 +15,7 @@ mod module;
 mod observe;
 mod plan;
 mod prefill;
+mod soft;
 mod store;
 mod trim;
 
@@ -27,5 +28,6 @@ pub use module::{Dtype, Kernels};
 pub use observe::ObserveParams;
 pub use plan::{BlockWork, LayerPlan, PlanParams, RowWork, ScheduleParams};
 pub use prefill::{PrefillParams, PrefillShape};
+pub use soft::{Soft, SoftBackward, SoftForward};
 pub use store::{Address, Counters, Protect, Ring, Span, Store};
 pub use trim::{PooledBudget, TrimParams, UNLIMITED};

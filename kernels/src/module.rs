@@ -66,7 +66,19 @@ impl Kernels {
     /// The driver's, such as no machine code for this GPU.
     pub fn load(context: &Arc<CudaContext>) -> Result<Self, DriverError> {
         let images = images![
-            "append", "bench", "decode", "held", "mass", "matvec", "model", "observe", "plain", "plan", "prefill",
+            "append",
+            "bench",
+            "decode",
+            "held",
+            "mass",
+            "matvec",
+            "model",
+            "observe",
+            "plain",
+            "plan",
+            "prefill",
+            "soft",
+            "soft_plain",
             "trim"
         ];
         let load =
