@@ -66,8 +66,8 @@ impl Kernels {
     /// The driver's, such as no machine code for this GPU.
     pub fn load(context: &Arc<CudaContext>) -> Result<Self, DriverError> {
         let images = images![
-            "append", "bench", "decode", "held", "mass", "matvec", "model", "observe", "plain", "plan", "prefill",
-            "trim"
+            "append", "bench", "decode", "held", "losses", "mass", "matvec", "model", "observe", "plain", "plan",
+            "prefill", "train", "trim"
         ];
         let load =
             |(name, image): (&'static str, &[u8])| Ok((name, context.load_module(Ptx::from_binary(image.to_vec()))?));
