@@ -58,6 +58,7 @@ pub mod params;
 pub mod policies;
 mod policy;
 mod registry;
+pub mod retrofit;
 mod spec;
 mod stats;
 mod step;

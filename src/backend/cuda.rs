@@ -26,7 +26,8 @@ use attend::DecodeScratch;
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaSlice, CudaStream, DriverError};
 use kvpolicy_kernels::{self as kernels, AppendParams, Dtype, Kernels, LayerPlan, Marks, PlanParams, Ring};
-use memory::{Control, Layout, Memory, Readback, Staging, address, output, scratch, tensor_address, zeros};
+use memory::{Control, Layout, Memory, Readback, Staging, address, scratch, zeros};
+pub(crate) use memory::{output, tensor_address};
 use std::{collections::HashMap, sync::Arc};
 
 /// How the CUDA store is laid out.
@@ -72,7 +73,7 @@ pub fn cuda(spec: &ModelSpec, config: &CudaConfig, device: &Device) -> Result<Bo
 }
 
 /// What an error of the driver happened in.
-fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
+pub(crate) fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
     move |source| Error::Cuda { what, source }
 }
 

@@ -23,7 +23,7 @@ pub(super) fn address<T>(slice: &CudaSlice<T>) -> Address {
 }
 
 /// Address of a tensor's first element, whatever its type.
-pub(super) fn tensor_address(tensor: &Tensor) -> Result<Address> {
+pub(crate) fn tensor_address(tensor: &Tensor) -> Result<Address> {
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
         return Err(Error::Config("a tensor is not on the cache's CUDA device".into()));
@@ -41,7 +41,7 @@ pub(super) fn tensor_address(tensor: &Tensor) -> Result<Address> {
 }
 
 /// An uninitialised tensor that a kernel writes in full.
-pub(super) fn output(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+pub(crate) fn output(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
     // SAFETY: the caller's kernel writes every element before anything reads one.
     Ok(unsafe { Tensor::empty(shape, dtype, device) }?)
 }

@@ -1,0 +1,3 @@
+//! Training a model to evict: what the losses are, and their gradients.
+
+pub mod losses;
