@@ -11,7 +11,7 @@ mod adamw;
 mod attention;
 pub mod facts;
 mod gating;
-
+pub mod losses;
 mod schedule;
 
 pub use adamw::{AdamW, AdamWConfig, Named, accumulate};

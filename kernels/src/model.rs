@@ -219,18 +219,18 @@ plain!(RmsNorm, Heads, SiluMul, AddBias, Gate, Argmax, Threshold, Draw, Fill, Ma
 const MODULE: &str = "model";
 
 /// A thread each.
-fn flat(items: u64) -> Launch {
+pub(crate) fn flat(items: u64) -> Launch {
     Launch { grid: (items.div_ceil(256) as u32, 1, 1), threads: 256, shared: 0 }
 }
 
 /// Whether rows of `columns` elements can be read 16 bytes at a time, and how many elements that is.
-fn width(dtype: Dtype, columns: u32, addresses: &[Address]) -> (bool, u32) {
+pub(crate) fn width(dtype: Dtype, columns: u32, addresses: &[Address]) -> (bool, u32) {
     let wide = 16 / dtype.bytes();
     let fits = columns.is_multiple_of(wide) && addresses.iter().all(|address| address.is_multiple_of(16));
     (fits, if fits { wide } else { 1 })
 }
 
-fn name(kernel: &str, wide: bool, dtype: Dtype) -> String {
+pub(crate) fn name(kernel: &str, wide: bool, dtype: Dtype) -> String {
     format!("{kernel}{}_{}", if wide { "" } else { "_narrow" }, dtype.suffix())
 }
 

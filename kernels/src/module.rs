@@ -70,6 +70,7 @@ impl Kernels {
             "bench",
             "decode",
             "held",
+            "losses",
             "mass",
             "matvec",
             "model",
@@ -79,6 +80,7 @@ impl Kernels {
             "prefill",
             "soft",
             "soft_plain",
+            "train",
             "trim"
         ];
         let load =

@@ -108,6 +108,76 @@ pub fn silu_mul(gate_up: &Tensor) -> Result<Tensor> {
     Ok((candle_nn::ops::silu(&gate_up.narrow(1, 0, ffn)?)? * gate_up.narrow(1, ffn, ffn)?)?)
 }
 
+/// The gradient of [`rms_norm`] with respect to its input: `x` as it was normed, `dy` the gradient of the result, and the
+/// result all `[rows, hidden]`. `add` of the same shape, the gradient that came past the norm, is added.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn rms_norm_backward(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu.rms_norm_backward(x, weight, eps, dy, add);
+    }
+    let (x_wide, dy) = (wide(x)?, wide(dy)?.broadcast_mul(&wide(weight)?)?);
+    let scale = inverse_rms(&x_wide, eps)?;
+    let normed = x_wide.broadcast_mul(&scale)?;
+    let along = (&dy * &normed)?.mean_keepdim(D::Minus1)?; // the part of the gradient that the norm takes away
+    let dx = (dy - normed.broadcast_mul(&along)?)?.broadcast_mul(&scale)?;
+    let dx = match add {
+        Some(add) => (dx + wide(add)?)?,
+        None => dx,
+    };
+    Ok(dx.to_dtype(x.dtype())?)
+}
+
+/// The gradient of [`rms_norm`] with respect to its weight: f32 `[hidden]`, summed over the rows of `x` and `dy`,
+/// `[rows, hidden]` both. A GPU sums in the same order every time.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn rms_norm_weight_gradient(x: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu.rms_norm_weight_gradient(x, eps, dy);
+    }
+    let x = wide(x)?;
+    let normed = x.broadcast_mul(&inverse_rms(&x, eps)?)?;
+    Ok((normed * wide(dy)?)?.sum(0)?.to_dtype(DType::F32)?)
+}
+
+/// The gradient of [`silu_mul`]: `[tokens, 2 ffn]` of `gate_up`, `[tokens, 2 ffn]`, and the gradient of the product,
+/// `[tokens, ffn]`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn silu_mul_backward(gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = Gpu::of(gate_up)? {
+        return gpu.silu_mul_backward(gate_up, dy);
+    }
+    let (columns, dy) = (gate_up.dim(1)?, wide(dy)?);
+    let ffn = columns / 2;
+    let (gate, up) = (wide(&gate_up.narrow(1, 0, ffn)?)?, wide(&gate_up.narrow(1, ffn, columns - ffn)?)?);
+    let sigmoid = ((gate.neg()?.exp()? + 1.0)?).recip()?;
+    let slope = (&sigmoid * ((&gate * (1.0 - &sigmoid)?)? + 1.0)?)?;
+    let dgate = ((&dy * up)? * slope)?;
+    let dup = (dy * (gate * sigmoid)?)?;
+    Ok(Tensor::cat(&[dgate, dup], 1)?.to_dtype(gate_up.dtype())?)
+}
+
+/// Types of 16 bits in f32, for arithmetic.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    Ok(match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32)?,
+        _ => x.clone(),
+    })
+}
+
+/// One over the root mean square of each row: `[rows, 1]` of `[rows, hidden]`.
+fn inverse_rms(x: &Tensor, eps: f64) -> Result<Tensor> {
+    Ok((x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?)
+}
+
 /// Index of the largest of each row of `[rows, columns]`, the lowest of equals: u32 `[rows]`.
 ///
 /// # Errors
@@ -195,6 +265,14 @@ impl Rotation {
         Self { positions, inv_freq, layout, dtype, tables: OnceCell::new() }
     }
 
+    /// The way back, by negative angles: a rotation's inverse, and so its transpose.
+    ///
+    /// # Errors
+    /// As [`rms_norm`].
+    pub fn inverse(&self) -> Result<Self> {
+        Ok(Self::new(self.positions.clone(), self.inv_freq.neg()?, self.layout, self.dtype))
+    }
+
     /// Angles are computed per step, so no table limits the context.
     fn tables(&self) -> Result<&(Tensor, Tensor)> {
         if let Some(known) = self.tables.get() {
@@ -269,6 +347,48 @@ impl Heads {
             None => Ok::<_, Error>(x),
         };
         Ok([norm(q, &self.q_norm)?, norm(k, &self.k_norm)?, v])
+    }
+
+    /// The gradient before RoPE given that after it, `[tokens, q_heads + 2 kv_heads, head_dim]` both; that of values is the
+    /// same. `rotation`: the one of [`Heads::finish`]. A GPU overwrites `dqkv`.
+    ///
+    /// # Errors
+    /// As [`rms_norm`].
+    pub fn unrotate(&self, dqkv: Tensor, rotation: &Rotation) -> Result<Tensor> {
+        let back = rotation.inverse()?;
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = Gpu::of(&dqkv)? {
+            let bare = Self { bias: None, q_norm: None, k_norm: None, ..self.clone() };
+            let dims = dqkv.dims3()?;
+            return Ok(gpu.heads(&bare, dqkv.flatten_from(1)?, &back)?.reshape(dims)?);
+        }
+        let [q, k, v] = self.split(&dqkv)?;
+        Ok(Tensor::cat(&[back.apply(&q)?, back.apply(&k)?, v], 1)?)
+    }
+
+    /// The gradient before the norms of query and key heads given that after them (after [`Heads::unrotate`]), and
+    /// `qkv` as they were normed, with their bias: `[tokens, q_heads + 2 kv_heads, head_dim]` all. That of values, and of
+    /// heads without a norm, is the same. A GPU overwrites `dqkv`.
+    ///
+    /// # Errors
+    /// As [`rms_norm`].
+    pub fn norm_backward(&self, qkv: &Tensor, dqkv: Tensor) -> Result<Tensor> {
+        if self.q_norm.is_none() && self.k_norm.is_none() {
+            return Ok(dqkv);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = Gpu::of(&dqkv)? {
+            return gpu.heads_norm_backward(self, qkv, dqkv);
+        }
+        let ([q, k, _], [dq, dk, dv]) = (self.split(qkv)?, self.split(&dqkv)?);
+        let back = |x: Tensor, dy: Tensor, weight: &Option<Tensor>| match weight {
+            Some(weight) => {
+                let (dims, rows) = (x.dims3()?, |x: Tensor| x.contiguous()?.reshape(((), self.head_dim)));
+                Ok(rms_norm_backward(&rows(x)?, weight, self.eps, &rows(dy)?, None)?.reshape(dims)?)
+            }
+            None => Ok::<_, Error>(dy),
+        };
+        Ok(Tensor::cat(&[back(q, dq, &self.q_norm)?, back(k, dk, &self.k_norm)?, dv], 1)?)
     }
 
     /// Views: a token's next head is `head_dim` further, its next token a row of the projection.

@@ -267,6 +267,126 @@ fn gates() {
 }
 
 #[test]
+fn norms_backward() {
+    for_each_dtype(|inputs| {
+        for hidden in [1, 7, 64, 576, 896, 2048, 4097, 8192, 20_000] {
+            for rows in [1, 3, 33] {
+                let what = format!("{:?} {rows}x{hidden}", inputs.dtype);
+                let (dims, eps) = ([rows, hidden], 0.1);
+                let ((x, xg), (dy, dyg)) = (inputs.pair(&dims, 3.0), inputs.pair(&dims, 1.0));
+                let ((add, addg), (w, wg)) = (inputs.pair(&dims, 1.0), inputs.norm(&[hidden]));
+                inputs.poison(&dims);
+                for (add, addg) in [(None, None), (Some(&add), Some(&addg))] {
+                    let got = ops::rms_norm_backward(&xg, &wg, eps, &dyg, addg).unwrap();
+                    assert_eq!(got.dtype(), inputs.dtype);
+                    let expected = ops::rms_norm_backward(&x, &w, eps, &dy, add).unwrap();
+                    close(&got, &expected, tolerance(inputs.dtype), &what);
+                }
+                assert_eq!(numbers(&dyg), numbers(&dy), "{what}: a gradient is not overwritten");
+            }
+        }
+    });
+}
+
+#[test]
+fn gradients_of_norm_weights() {
+    for_each_dtype(|inputs| {
+        // From no more than one row of a block to more parts than a block of the sum has warps.
+        for (rows, hidden) in
+            [(1, 1), (9, 7), (300, 64), (2000, 128), (700, 576), (65, 896), (40, 4097), (90, 8192), (20, 20_000)]
+        {
+            let what = format!("{:?} {rows}x{hidden}", inputs.dtype);
+            let ((x, xg), (dy, dyg)) = (inputs.pair(&[rows, hidden], 3.0), inputs.pair(&[rows, hidden], 1.0));
+            let sums = Tensor::full(f32::NAN, (rows.div_ceil(8), hidden), &inputs.device).unwrap();
+            drop((sums, Tensor::full(f32::NAN, hidden, &inputs.device).unwrap()));
+            let got = ops::rms_norm_weight_gradient(&xg, 0.1, &dyg).unwrap();
+            assert_eq!(got.dtype(), DType::F32);
+            close(&got, &ops::rms_norm_weight_gradient(&x, 0.1, &dy).unwrap(), 1e-5, &what);
+            let again = ops::rms_norm_weight_gradient(&xg, 0.1, &dyg).unwrap();
+            assert_eq!(numbers(&again), numbers(&got), "{what}: the same sum to the bit");
+        }
+    });
+}
+
+#[test]
+fn gates_of_a_feed_forward_layer_backward() {
+    for_each_dtype(|inputs| {
+        for columns in [1, 7, 96, 1536, 8192] {
+            for tokens in [1, 5, 40] {
+                let what = format!("{:?} {tokens}x{columns}", inputs.dtype);
+                let (x, xg) = inputs.pair(&[tokens, 2 * columns], 12.0);
+                let (dy, dyg) = inputs.pair(&[tokens, columns], 1.0);
+                inputs.poison(&[tokens, 2 * columns]);
+                let got = ops::silu_mul_backward(&xg, &dyg).unwrap();
+                close(&got, &ops::silu_mul_backward(&x, &dy).unwrap(), tolerance(inputs.dtype), &what);
+            }
+        }
+    });
+}
+
+#[test]
+fn heads_backward() {
+    for_each_dtype(|inputs| {
+        for (q_heads, kv_heads, head_dim) in [(32, 8, 64), (9, 3, 64), (4, 1, 128), (6, 2, 80), (2, 2, 256), (3, 1, 6)]
+        {
+            for (layout, of_q, of_k, tokens) in [
+                (RopeLayout::HalfSplit, false, false, 1),
+                (RopeLayout::Interleaved, true, true, 17),
+                (RopeLayout::HalfSplit, true, false, 5),
+                (RopeLayout::HalfSplit, false, true, 33),
+            ] {
+                let what = format!("{:?} {q_heads}/{kv_heads}x{head_dim} {layout:?} {of_q} {of_k}", inputs.dtype);
+                let dims = [tokens, q_heads + 2 * kv_heads, head_dim];
+                let ((x, xg), (dy, dyg)) = (inputs.pair(&dims, 2.0), inputs.pair(&dims, 1.0));
+                let mut norm = |given: bool| given.then(|| inputs.norm(&[head_dim])).unzip();
+                let ((qn, qng), (kn, kng)) = (norm(of_q), norm(of_k));
+                // A bias plays no part in what comes before it.
+                let (bias, bias_gpu) = inputs.pair(&[dims[1] * head_dim], 1.0);
+                let make = |bias, q_norm, k_norm| Heads {
+                    q_heads,
+                    kv_heads,
+                    head_dim,
+                    bias: Some(bias),
+                    q_norm,
+                    k_norm,
+                    eps: 0.1,
+                };
+                let (cpu, gpu) = (make(bias, qn, kn), make(bias_gpu, qng, kng));
+                let at: Vec<u32> = (0..tokens as u32).map(|i| i * 4099 + 17).collect();
+                let freq: Vec<f32> =
+                    (0..head_dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
+                let rotation = |device: &Device, dtype| {
+                    Rotation::new(ids(&at, device), Tensor::new(freq.as_slice(), device).unwrap(), layout, dtype)
+                };
+                let got = gpu.norm_backward(&xg, dyg.copy().unwrap()).unwrap();
+                close(&got, &cpu.norm_backward(&x, dy.clone()).unwrap(), tolerance(inputs.dtype), &what);
+                let got = gpu.unrotate(dyg, &rotation(&inputs.device, inputs.dtype)).unwrap();
+                let expected = cpu.unrotate(dy.clone(), &rotation(&Device::Cpu, DType::F32)).unwrap();
+                close(&got, &expected, 2.0 * tolerance(inputs.dtype), &what);
+                let values = |x: &Tensor| numbers(&x.narrow(1, q_heads + kv_heads, kv_heads).unwrap());
+                assert_eq!(values(&got), values(&dy), "{what}: values are not rotated");
+            }
+        }
+    });
+}
+
+/// More than any other dimension of a grid takes.
+#[test]
+fn gradients_of_many_rows() {
+    let Some(device) = gpu() else { return };
+    let mut inputs = Inputs::new(&device, DType::BF16);
+    let ((x, xg), (dy, dyg)) = (inputs.pair(&[70_001, 64], 3.0), inputs.pair(&[70_001, 64], 1.0));
+    let (w, wg) = inputs.norm(&[64]);
+    let got = ops::rms_norm_backward(&xg, &wg, 1e-5, &dyg, None).unwrap();
+    close(&got, &ops::rms_norm_backward(&x, &w, 1e-5, &dy, None).unwrap(), 8e-3, "norm");
+    let got = ops::rms_norm_weight_gradient(&xg, 1e-5, &dyg).unwrap();
+    close(&got, &ops::rms_norm_weight_gradient(&x, 1e-5, &dy).unwrap(), 1e-5, "weight");
+    let half = |x: &Tensor| x.narrow(1, 16, 32).unwrap();
+    let got = ops::silu_mul_backward(&xg, &half(&dyg)).unwrap();
+    close(&got, &ops::silu_mul_backward(&x, &half(&dy)).unwrap(), 8e-3, "silu");
+}
+
+#[test]
 fn the_largest_and_the_first_of_equals() {
     for_each_dtype(|inputs| {
         for columns in [1, 31, 1000, 4096, 49_152, 128_256, 151_936] {
@@ -312,6 +432,12 @@ fn operands_that_do_not_fit_are_errors() {
         ops::add_rms_norm(&x(&[2, 8]), &x(&[3, 8]), &x(&[8]), 1e-5).map(|(sum, _)| sum),
         ops::add_bias(x(&[2, 8]), &x(&[4])),
         ops::silu_mul(&x(&[2, 7])),
+        ops::rms_norm_backward(&x(&[2, 8]), &x(&[7]), 1e-5, &x(&[2, 8]), None),
+        ops::rms_norm_backward(&x(&[2, 8]), &x(&[8]), 1e-5, &x(&[3, 8]), None),
+        ops::rms_norm_backward(&x(&[2, 8]), &x(&[8]), 1e-5, &x(&[2, 8]), Some(&x(&[2, 4]))),
+        ops::rms_norm_weight_gradient(&x(&[2, 8]), 1e-5, &x(&[3, 8])),
+        ops::silu_mul_backward(&x(&[2, 8]), &x(&[2, 8])),
+        ops::silu_mul_backward(&x(&[2, 7]), &x(&[2, 3])),
         ops::linear(&x(&[2, 8]), &x(&[4, 9])),
     ];
     cases.into_iter().enumerate().for_each(|(i, case)| assert!(case.is_err(), "case {i}"));

@@ -194,6 +194,71 @@ impl Gpu {
         Ok(out)
     }
 
+    pub(super) fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f64,
+        dy: &Tensor,
+        add: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (rows, hidden) = x.dims2()?;
+        let (x, dy, add) = (x.contiguous()?, dy.contiguous()?, add.map(Tensor::contiguous).transpose()?);
+        let (dims, dx) = ([rows, hidden], self.output(&[rows, hidden], x.dtype())?);
+        let params = kernels::RmsNormBackward {
+            x: self.at("x", &x, &dims)?,
+            weight: self.at("weight", weight, &[hidden])?,
+            dy: self.at("dy", &dy, &dims)?,
+            add: self.at_if("add", &add, &dims)?,
+            dx: self.at("dx", &dx, &dims)?,
+            pitch: hidden as u64,
+            rows: rows as u32,
+            group: 1,
+            hidden: hidden as u32,
+            eps: eps as f32,
+        };
+        // SAFETY: `at` has checked every operand.
+        unsafe { self.kernels.rms_norm_backward(&self.stream, self.dtype.1, &params) }.map_err(failed)?;
+        Ok(dx)
+    }
+
+    pub(super) fn rms_norm_weight_gradient(&self, x: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor> {
+        let (rows, hidden) = x.dims2()?;
+        let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+        let blocks = kernels::RmsNormWeight::blocks(rows as u32, hidden as u32);
+        let dims = [blocks as usize, hidden];
+        let (parts, dweight) = (self.output(&dims, DType::F32)?, self.output(&[hidden], DType::F32)?);
+        let params = kernels::RmsNormWeight {
+            x: self.at("x", &x, &[rows, hidden])?,
+            dy: self.at("dy", &dy, &[rows, hidden])?,
+            parts: self.address("parts", &parts, DType::F32, &dims)?,
+            dweight: self.address("dweight", &dweight, DType::F32, &[hidden])?,
+            rows: rows as u32,
+            hidden: hidden as u32,
+            blocks,
+            eps: eps as f32,
+        };
+        // SAFETY: `at` and `address` have checked every operand; there are as many parts as blocks.
+        unsafe { self.kernels.rms_norm_weight(&self.stream, self.dtype.1, &params) }.map_err(failed)?;
+        Ok(dweight)
+    }
+
+    pub(super) fn silu_mul_backward(&self, gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let (tokens, columns) = (gate_up.dim(0)?, gate_up.dim(1)? / 2);
+        let (gate_up, dy) = (gate_up.contiguous()?, dy.contiguous()?);
+        let (dims, dgate_up) = ([tokens, 2 * columns], self.output(&[tokens, 2 * columns], gate_up.dtype())?);
+        let params = kernels::SiluMulBackward {
+            gate_up: self.at("gate_up", &gate_up, &dims)?,
+            dy: self.at("dy", &dy, &[tokens, columns])?,
+            dgate_up: self.at("dgate_up", &dgate_up, &dims)?,
+            tokens: tokens as u32,
+            columns: columns as u32,
+        };
+        // SAFETY: `at` has checked every operand.
+        unsafe { self.kernels.silu_mul_backward(&self.stream, self.dtype.1, &params) }.map_err(failed)?;
+        Ok(dgate_up)
+    }
+
     pub(super) fn argmax(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, columns) = x.dims2()?;
         let x = &x.contiguous()?;
@@ -252,6 +317,33 @@ impl Gpu {
         // SAFETY: `at` and `address` have checked every operand.
         unsafe { self.kernels.heads(&self.stream, self.dtype.1, &params) }.map_err(failed)?;
         Ok(qkv)
+    }
+
+    /// Query and key heads where they lie, a launch each.
+    pub(super) fn heads_norm_backward(&self, heads: &Heads, qkv: &Tensor, dqkv: Tensor) -> Result<Tensor> {
+        let Heads { q_heads, kv_heads, head_dim, .. } = *heads;
+        let (tokens, all) = (dqkv.dim(0)?, q_heads + 2 * kv_heads);
+        let (qkv, dqkv, dims) = (qkv.contiguous()?, dqkv.contiguous()?, [tokens, all, head_dim]);
+        let (x, dy) = (self.at("qkv", &qkv, &dims)?, self.at("dqkv", &dqkv, &dims)?);
+        for (norm, first, group) in [(&heads.q_norm, 0, q_heads), (&heads.k_norm, q_heads, kv_heads)] {
+            let Some(weight) = norm else { continue };
+            let skipped = (first * head_dim * self.dtype.0.size_in_bytes()) as u64;
+            let params = kernels::RmsNormBackward {
+                x: x + skipped,
+                weight: self.at("norm", weight, &[head_dim])?,
+                dy: dy + skipped,
+                add: 0,
+                dx: dy + skipped,
+                pitch: (all * head_dim) as u64,
+                rows: (tokens * group) as u32,
+                group: group as u32,
+                hidden: head_dim as u32,
+                eps: heads.eps as f32,
+            };
+            // SAFETY: `at` has checked every operand; heads `first` to `first + group` are among all of them.
+            unsafe { self.kernels.rms_norm_backward(&self.stream, self.dtype.1, &params) }.map_err(failed)?;
+        }
+        Ok(dqkv)
     }
 
     pub(super) fn random(&self, dims: &[usize], width: f32, seed: u64) -> Result<Tensor> {
