@@ -14,8 +14,8 @@ use kvpolicy::{
 use kvpolicy_candle::{
     Lm, Message,
     retrofit::{
-        Batch, Checkpoint, Corpus, Divergence, Evaluation, Judged, Mixture, Observer, RunConfig, Source, StepRecord, Trainee,
-        finish, run as train,
+        Batch, Checkpoint, Corpus, Divergence, Evaluation, Judged, Mixture, Observer, RunConfig, Source, StepRecord,
+        Trainee, finish, run as train,
     },
 };
 use serde_json::{Map, Value, json};

@@ -98,7 +98,8 @@ impl<'a> Pass<'a> {
         let grads = self.attention.backward(&a.qkv, keep, &a.attended, &a.lse, &attended)?;
         let after_norm = block.heads.unrotate(grads.qkv, &self.rotation)?;
         let qkv = match &a.raw {
-            Some(raw) => block.heads.norm_backward(raw, &after_norm)?,
+            // A GPU overwrites what it is given, and the weights' gradients need it again.
+            Some(raw) => block.heads.norm_backward(raw, after_norm.copy()?)?,
             None => after_norm.clone(),
         };
         let qkv = qkv.flatten_from(1)?;

@@ -10,7 +10,6 @@ use candle_core::{DType, Tensor};
 use kvpolicy::{
     GateSpec,
     retrofit::{Named, SoftGates, compression_loss, losses},
-    spec::keyword_param,
 };
 
 /// Which way the divergence between the model with gates and itself without is taken.
@@ -21,7 +20,6 @@ pub enum Divergence {
     /// KL(without || with), which comparisons report: it must say all that the dense one would.
     Teacher,
 }
-keyword_param!(Divergence: Student = "student", Teacher = "teacher");
 
 /// What gates are trained for.
 #[derive(Debug, Clone, Copy)]

@@ -5,6 +5,7 @@ use crate::{
     config::Config,
     error::{Error, Result},
     model::Model,
+    ops::Heads,
     weights::Matrix,
 };
 use candle_core::{DType, Tensor};
@@ -46,18 +47,17 @@ impl Model {
             add("attention_norm", &mut block.attention_norm);
             add("mlp_norm", &mut block.mlp_norm);
             add("qkv", dense_mut(&mut block.qkv)?);
-            for (part, tensor) in [
-                ("qkv_bias", &mut block.heads.bias),
-                ("q_norm", &mut block.heads.q_norm),
-                ("k_norm", &mut block.heads.k_norm),
-                ("o_bias", &mut block.o.bias),
-                ("gate_up_bias", &mut block.gate_up.bias),
-                ("down_bias", &mut block.down.bias),
-            ] {
+            let Heads { bias, q_norm, k_norm, .. } = &mut block.heads;
+            for (part, tensor) in [("qkv_bias", bias), ("q_norm", q_norm), ("k_norm", k_norm)] {
                 tensor.iter_mut().for_each(|tensor| add(part, tensor));
             }
-            for (part, linear) in [("o", &mut block.o), ("gate_up", &mut block.gate_up), ("down", &mut block.down)] {
+            for (part, bias_part, linear) in [
+                ("o", "o_bias", &mut block.o),
+                ("gate_up", "gate_up_bias", &mut block.gate_up),
+                ("down", "down_bias", &mut block.down),
+            ] {
                 add(part, dense_mut(&mut linear.matrix)?);
+                linear.bias.iter_mut().for_each(|bias| add(bias_part, bias));
             }
         }
         all.push(("embedding".into(), &mut self.embedding));
