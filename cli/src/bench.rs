@@ -6,7 +6,6 @@ mod decode;
 mod kernels;
 mod model;
 mod prefill;
-mod ragged;
 mod timer;
 
 use anyhow::Result;
@@ -25,7 +24,7 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Decode attention over ragged rows, as an evicting policy makes them.
+    /// Kernels alone: decode attention over ragged rows, as an evicting policy makes them, and what else a step launches.
     Kernels(kernels::Args),
     /// Decode of a whole model, each step one CUDA graph.
     Decode(decode::Args),

@@ -1,5 +1,6 @@
 // A policy's view of held entries: dense, oldest first. `order` says which slot each place of that view shows; the rest
 // gathers by it, or scatters what a policy made of it back to slots.
+#include "block.cuh"
 #include "store.cuh"
 
 // Rows of one layer, listed spans outermost.
@@ -46,10 +47,7 @@ struct ScatterParams {
 
 namespace {
 
-constexpr uint32_t WARP = 0xffffffffu;
 constexpr uint32_t BATCH = 4; // elements a thread has in flight
-
-__device__ uint32_t lane() { return threadIdx.x % 32; }
 
 // Which positions a row holds.
 struct Positions {
@@ -75,26 +73,6 @@ struct Positions {
             takes_part = takes_part && !same;
         }
         if (takes_part) atomicOr(&half[pos / 32], bit);
-    }
-
-    // Sums up: the running total of each word, a block's width of words at a time.
-    __device__ void count() const {
-        __shared__ uint32_t sums[32];
-        uint32_t all = 0;
-        for (uint32_t from = 0; from < words; from += blockDim.x) {
-            uint32_t w = from + threadIdx.x, own = w < words ? __popcll(word[w]) : 0, sum = own;
-            for (uint32_t d = 1; d < 32; d *= 2) {
-                uint32_t other = __shfl_up_sync(WARP, sum, d);
-                if (lane() >= d) sum += other;
-            }
-            __syncthreads(); // the sums of the turn before have been read
-            if (lane() == 31) sums[threadIdx.x / 32] = sum;
-            __syncthreads();
-            uint32_t of_warp = lane() < blockDim.x / 32 ? sums[lane()] : 0;
-            uint32_t earlier = __reduce_add_sync(WARP, lane() < threadIdx.x / 32 ? of_warp : 0);
-            if (w < words) before[w] = all + earlier + sum - own;
-            all += __reduce_add_sync(WARP, of_warp);
-        }
     }
 
     // How many are older.
@@ -161,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(1024) order(const __grid_constant__
         held.add(tag & ~MARK, slot < len);
     }
     __syncthreads();
-    held.count();
+    count_bits(held.word, held.before, held.words);
     __syncthreads();
     for (uint32_t slot = threadIdx.x; slot < len; slot += blockDim.x) {
         out[held.rank(rows.store.tag[rows.store.entry(row, slot)] & ~MARK)] = slot;

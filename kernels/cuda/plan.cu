@@ -1,5 +1,6 @@
 // Once per step, before anything is written: where each row's new tokens go, which pages they need, and who walks which
 // part of the rows in decode attention. The host knows none of the lengths.
+#include "block.cuh"
 #include "store.cuh"
 #include "work.cuh"
 
@@ -74,7 +75,7 @@ __device__ void choose_targets(const Grower &g, const Shared &shared) {
     }
 }
 
-__device__ uint32_t sum_over_warp(uint32_t x) { return __reduce_add_sync(0xffffffffu, x); }
+__device__ uint32_t sum_over_warp(uint32_t x) { return __reduce_add_sync(WARP, x); }
 
 // Hands out the pages of the spans first..until and counts what is written.
 __device__ void grant(const Grower &g, const Shared &shared, uint32_t first, uint32_t until) {
@@ -222,13 +223,8 @@ struct ScheduleParams {
 
 // One block a layer: cuts the tiles of its rows into equal runs, one for each block of the attention kernel.
 extern "C" __global__ void __launch_bounds__(THREADS) schedule(const ScheduleParams p) {
-    __shared__ uint32_t sums[32];
-    __shared__ uint32_t carried;
-    uint32_t layer = p.first_layer + blockIdx.x, rows = p.single_count * p.store.heads;
+    uint32_t layer = p.first_layer + blockIdx.x, rows = p.single_count * p.store.heads, all = 0;
     RowWork *out = p.rows + (size_t)layer * p.max_rows;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) carried = 0;
-    __syncthreads();
     for (uint32_t from = 0; from < rows; from += THREADS) {
         uint32_t i = from + threadIdx.x, tiles = 0;
         RowWork work{};
@@ -240,29 +236,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) schedule(const SchedulePar
             // An empty row is a tile as well: its output has to be written.
             tiles = (max(work.len, 1u) + (1u << p.tile_shift) - 1) >> p.tile_shift;
         }
-        uint32_t sum = tiles;
-        for (int d = 1; d < 32; d *= 2) {
-            uint32_t other = __shfl_up_sync(0xffffffffu, sum, d);
-            if (lane >= d) sum += other;
-        }
-        if (lane == 31) sums[warp] = sum;
-        __syncthreads();
-        if (warp == 0) {
-            uint32_t total = sums[lane];
-            for (int d = 1; d < 32; d *= 2) {
-                uint32_t other = __shfl_up_sync(0xffffffffu, total, d);
-                if (lane >= d) total += other;
-            }
-            sums[lane] = total;
-        }
-        __syncthreads();
-        work.first_tile = carried + (warp ? sums[warp - 1] : 0) + sum - tiles;
+        uint32_t total;
+        work.first_tile = all + block_prefix(tiles, total);
         if (i < rows) out[i] = work;
-        __syncthreads();
-        if (threadIdx.x == 0) carried += sums[31];
-        __syncthreads();
+        all += total;
     }
-    uint32_t all = carried;
+    __syncthreads(); // every row is there
     BlockWork *blocks = p.blocks + (size_t)layer * p.block_count;
     // Every block that has work has a tile at least, so that the blocks of a row are consecutive.
     uint32_t busy = min(p.block_count, (all + p.least_tiles - 1) / p.least_tiles);

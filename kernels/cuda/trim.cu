@@ -6,6 +6,7 @@
 //
 // Dropped entries below the new length are holes, kept ones above it are movers; the k-th hole takes the k-th mover. So
 // few entries move, and where they go depends on no timing.
+#include "block.cuh"
 #include "store.cuh"
 
 // A budget that the heads of a sequence share.
@@ -39,27 +40,6 @@ constexpr uint32_t FEW = 8;       // up to this many of the lowest are found one
 constexpr uint32_t BATCH = 4;     // entries a thread has in flight
 constexpr uint32_t CHUNK = 32 * BATCH;
 constexpr uint32_t DIGIT = 11, BINS = 1u << DIGIT;
-constexpr uint32_t WARP = 0xffffffffu;
-
-__device__ uint32_t lane() { return threadIdx.x % 32; }
-__device__ uint32_t warp() { return threadIdx.x / 32; }
-__device__ uint32_t warps() { return blockDim.x / 32; }
-
-// The sum of x over the threads before this one, and over all.
-__device__ uint32_t block_prefix(uint32_t x, uint32_t &total) {
-    __shared__ uint32_t sums[32];
-    uint32_t sum = x;
-    for (uint32_t d = 1; d < 32; d *= 2) {
-        uint32_t other = __shfl_up_sync(WARP, sum, d);
-        if (lane() >= d) sum += other;
-    }
-    __syncthreads(); // the sums of the call before have been read
-    if (lane() == 31) sums[warp()] = sum;
-    __syncthreads();
-    uint32_t of_warp = lane() < warps() ? sums[lane()] : 0;
-    total = __reduce_add_sync(WARP, of_warp);
-    return sum - x + __reduce_add_sync(WARP, lane() < warp() ? of_warp : 0);
-}
 
 __device__ uint32_t block_sum(uint32_t x) {
     uint32_t total;
@@ -352,13 +332,7 @@ __device__ uint32_t find_gone(Rows rows, uint64_t cut, const Gone &gone) {
         if (lane() == 0) half[slot / 32] = go;
     });
     __syncthreads();
-    uint32_t all = 0;
-    for (uint32_t from = 0; from < gone.words; from += blockDim.x) {
-        uint32_t w = from + threadIdx.x, total;
-        uint32_t before = block_prefix(w < gone.words ? __popcll(gone.word[w]) : 0, total);
-        if (w < gone.words) gone.before[w] = all + before;
-        all += total;
-    }
+    uint32_t all = count_bits(gone.word, gone.before, gone.words);
     __syncthreads();
     return all;
 }

@@ -1,5 +1,6 @@
 //! A store of ragged rows, made by hand: lengths as an evicting policy leaves them, pages in random places.
 
+use super::Heads;
 use anyhow::Result;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
@@ -9,41 +10,33 @@ use kvpolicy_kernels::{
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use std::sync::Arc;
 
-/// Heads of a model: query heads, KV heads, components of a head.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) q: usize,
-    pub(crate) kv: usize,
-    pub(crate) dim: usize,
-}
-
 /// What the kernel chooses by itself, to be tried otherwise.
 #[derive(Debug, Clone, Copy, clap::Args)]
-pub(crate) struct Tuning {
+pub(super) struct Tuning {
     /// Blocks of the kernel per multiprocessor.
     #[arg(long)]
-    pub(crate) blocks: Option<u32>,
+    pub(super) blocks: Option<u32>,
     /// Warps of a block, 4 or 8.
     #[arg(long)]
-    pub(crate) warps: Option<u32>,
+    pub(super) warps: Option<u32>,
     /// Layers of keys and values that are read in turn; by default as many as leave nothing in the cache.
     #[arg(long)]
-    pub(crate) layers: Option<usize>,
+    pub(super) layers: Option<usize>,
     /// Tiles that a block has at the least.
     #[arg(long)]
-    pub(crate) least_tiles: Option<u32>,
+    pub(super) least_tiles: Option<u32>,
 }
 
 /// One decode step's attention over `layers` layers of ragged rows.
-pub(crate) struct Ragged {
+pub(super) struct Ragged {
     stream: Arc<CudaStream>,
     kernels: Arc<Kernels>,
     store: Store,
     heads: Heads,
     batch: usize,
-    pub(crate) layers: usize,
-    /// Entries of all rows of a layer, mean over the layers.
-    pub(crate) entries: f64,
+    pub(super) layers: usize,
+    /// Entries of all rows of each layer.
+    entries: Vec<f64>,
     blocks: u32,
     shape: DecodeShape,
     least_tiles: u32,
@@ -56,6 +49,12 @@ pub(crate) struct Ragged {
     work: CudaSlice<BlockWork>,
     spans: CudaSlice<Span>,
     _counters: CudaSlice<Counters>,
+}
+
+/// As many layers as leave nothing of one round in the cache for the next.
+pub(super) fn cold_layers(heads: Heads, batch: usize, entries: f64) -> usize {
+    let layer_bytes = batch as f64 * heads.kv as f64 * entries * (4 * heads.dim) as f64;
+    ((400e6 / layer_bytes).ceil() as usize).clamp(2, 64)
 }
 
 /// Standard deviation of the logarithm of the lengths.
@@ -72,8 +71,7 @@ fn lengths(rng: &mut StdRng, n: usize, mean: f64) -> Vec<u32> {
 }
 
 impl Ragged {
-    /// As many layers as leave nothing of one round in the cache for the next.
-    pub(crate) fn new(
+    pub(super) fn new(
         stream: &Arc<CudaStream>,
         heads: Heads,
         batch: usize,
@@ -82,9 +80,7 @@ impl Ragged {
         tuning: Tuning,
     ) -> Result<Self> {
         let kernels = Kernels::of(stream.context())?;
-        let layer_bytes = batch as f64 * heads.kv as f64 * mean * (4 * heads.dim) as f64;
-        let cold = ((400e6 / layer_bytes).ceil() as usize).clamp(2, 64);
-        let layers = tuning.layers.unwrap_or(cold);
+        let layers = tuning.layers.unwrap_or(cold_layers(heads, batch, mean));
         let rows = layers * batch * heads.kv;
         let mut rng = StdRng::seed_from_u64(1);
         let lens = lengths(&mut rng, rows, mean);
@@ -140,7 +136,7 @@ impl Ragged {
             heads,
             batch,
             layers,
-            entries: lens.iter().map(|&len| len as f64).sum::<f64>() / layers as f64,
+            entries: lens.chunks(batch * heads.kv).map(|layer| layer.iter().map(|&len| len as f64).sum()).collect(),
             blocks,
             shape,
             least_tiles: tuning.least_tiles.unwrap_or(shape.least_tiles()),
@@ -156,12 +152,19 @@ impl Ragged {
         })
     }
 
-    /// Bytes of keys and values that one layer's attention reads.
-    pub(crate) fn bytes(&self) -> f64 {
-        self.entries * (2 * 2 * self.heads.dim) as f64
+    /// Bytes of keys and values that attention reads in the first `layers`, mean over them.
+    pub(super) fn bytes(&self, layers: usize) -> f64 {
+        let entries: f64 = self.entries[..layers].iter().sum();
+        entries / layers as f64 * (2 * 2 * self.heads.dim) as f64
     }
 
-    pub(crate) fn schedule(&self) -> Result<()> {
+    /// Bytes that [`Ragged::schedule`] reads and writes.
+    pub(super) fn schedule_bytes(&self) -> f64 {
+        let rows = self.batch * self.heads.kv * (size_of::<u32>() + size_of::<RowWork>());
+        (self.layers * (rows + self.blocks as usize * size_of::<BlockWork>())) as f64
+    }
+
+    pub(super) fn schedule(&self) -> Result<()> {
         let params = ScheduleParams {
             store: self.store,
             spans: self.spans.device_ptr(&self.stream).0,
@@ -179,7 +182,7 @@ impl Ragged {
         Ok(unsafe { self.kernels.schedule(&self.stream, &params, self.layers as u32) }?)
     }
 
-    pub(crate) fn attend(&self, layer: usize) -> Result<()> {
+    pub(super) fn attend(&self, layer: usize) -> Result<()> {
         let rows = self.batch * self.heads.kv;
         let params = DecodeParams {
             store: self.store,
@@ -206,7 +209,7 @@ impl Ragged {
 }
 
 /// Numbers in (-1, 1), made on the host once and repeated.
-fn random(stream: &Arc<CudaStream>, n: usize) -> Result<CudaSlice<bf16>> {
+pub(super) fn random(stream: &Arc<CudaStream>, n: usize) -> Result<CudaSlice<bf16>> {
     const PIECE: usize = 1 << 20;
     let mut rng = StdRng::seed_from_u64(n as u64);
     let piece: Vec<bf16> = (0..PIECE.min(n)).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0))).collect();
