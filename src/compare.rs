@@ -13,6 +13,7 @@
 
 mod likelihood;
 mod needle;
+pub mod problems;
 mod report;
 mod speed;
 mod sweep;
