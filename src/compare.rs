@@ -9,13 +9,19 @@
 //! | `kl` | KL divergence from `full` at the same tokens, in nats per token |
 //! | `needle` | a number hidden in text; the policy compresses the text before it sees the question |
 //! | `needle-aware` | the same, with the question in the prompt that is compressed |
+//! | `recall` | facts among sentences, asked for one after the other once the policy has compressed the text |
+//! | `chain` | a walk along a map that was compressed before it begins: every step looks back |
 //! | `speed` | tokens per second of prefill and decode |
+//!
+//! `recall` and `chain` make up their own text ([`problems`]).
 
 mod likelihood;
 mod needle;
+pub mod problems;
 mod report;
 mod speed;
 mod sweep;
+mod turns;
 
 pub use report::{Host, Metrics, Report, Row, SCHEMA, Sample};
 pub use sweep::{fit, sweepable};
@@ -27,6 +33,7 @@ use crate::{
     spec::{ModelSpec, keyword_param},
     stats::Stats,
 };
+use problems::Problem;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{fmt, sync::Arc};
 
@@ -78,10 +85,17 @@ pub enum Task {
     Needle,
     /// Retrieval, compressed with the question.
     NeedleAware,
+    /// Retrieval of several facts in turns, compressed before the questions are known.
+    Recall,
+    /// A walk along a map that is compressed before it begins.
+    Chain,
     /// Tokens per second.
     Speed,
 }
-keyword_param!(Task: Ppl = "ppl", Kl = "kl", Needle = "needle", NeedleAware = "needle-aware", Speed = "speed");
+keyword_param!(
+    Task: Ppl = "ppl", Kl = "kl", Needle = "needle", NeedleAware = "needle-aware", Recall = "recall", Chain = "chain",
+    Speed = "speed"
+);
 
 impl Task {
     /// A list separated by commas.
@@ -96,6 +110,34 @@ impl Task {
         tasks.sort();
         tasks.dedup();
         if tasks.is_empty() { Err(Error::Config("the list names no task".into())) } else { Ok(tasks) }
+    }
+
+    /// Whether its prompts are cut from a text that somebody gives.
+    pub fn cuts_text(self) -> bool {
+        matches!(self, Self::Ppl | Self::Kl | Self::Needle | Self::NeedleAware)
+    }
+
+    /// A problem of the task's own, of up to this many bytes; `None` for a task that has none.
+    fn problem(self, rng: &mut StdRng, bytes: usize) -> Option<Problem> {
+        match self {
+            Self::Recall => Some(problems::recall(rng, bytes)),
+            Self::Chain => Some(problems::chain(rng, bytes)),
+            _ => None,
+        }
+    }
+}
+
+/// Whether the tasks can do with this text, or without one.
+///
+/// # Errors
+/// [`Error::Config`] naming the task that needs a text.
+pub fn check_text(tasks: &[Task], text: Option<&str>) -> Result<()> {
+    match tasks.iter().find(|task| task.cuts_text()) {
+        Some(task) if text.is_none() => Err(Error::Config(format!(
+            "the task {task} cuts its prompts from a text: give one by --text, or take --tasks recall,chain,speed, which \
+             need none"
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -128,8 +170,8 @@ pub struct Plan {
     pub samples: usize,
     /// Chooses texts, numbers and depths.
     pub seed: u64,
-    /// The text that prompts are cut from.
-    pub text: String,
+    /// The text that prompts are cut from, for tasks that do ([`Task::cuts_text`]); `speed` takes it if there is one.
+    pub text: Option<String>,
 }
 
 /// Told of progress.
@@ -138,7 +180,7 @@ pub trait Progress {
     fn start(&mut self, units: u64);
     /// A unit begins.
     fn unit(&mut self, what: &str);
-    /// A sample is done.
+    /// A sample is done; a unit may have several.
     fn sample(&mut self, sample: &Sample) -> Result<()>;
 }
 
@@ -150,7 +192,9 @@ pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> R
     check(plan)?;
     for contest in &plan.contests {
         let texts = Excerpts { subject, plan, contest };
-        texts.cut(&mut texts.rng(0), contest.context)?; // a text that is too short is told before the first run
+        if contest.tasks.iter().any(|task| task.cuts_text()) {
+            texts.cut(&mut texts.rng(0), contest.context)?; // a text that is too short is told before the first run
+        }
     }
     let mut rows = vec![];
     progress.start(units(plan));
@@ -159,6 +203,7 @@ pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> R
         rows.extend(match contest.tasks.first() {
             Some(Task::Ppl | Task::Kl) => likelihood::run(&texts, progress)?,
             Some(task @ (Task::Needle | Task::NeedleAware)) => needle::run(&texts, *task, progress)?,
+            Some(task @ (Task::Recall | Task::Chain)) => turns::run(&texts, *task, progress)?,
             Some(Task::Speed) => speed::run(&texts, progress)?,
             None => vec![],
         });
@@ -175,7 +220,11 @@ fn check(plan: &Plan) -> Result<()> {
     if empty {
         return refuse("nothing to compare: name policies, tasks and contexts");
     }
-    plan.contests.iter().try_for_each(|contest| check_context(contest.context))
+    for contest in &plan.contests {
+        check_text(&contest.tasks, plan.text.as_deref())?;
+        check_context(contest.context)?;
+    }
+    Ok(())
 }
 
 fn check_context(context: usize) -> Result<()> {
@@ -223,9 +272,16 @@ impl Excerpts<'_> {
         )
     }
 
-    /// `tokens` consecutive tokens of the text from a random place, with their text.
+    /// `tokens` consecutive tokens of the text from a random place, with their text. Without a text, of made-up sentences.
     fn cut(&self, rng: &mut StdRng, tokens: usize) -> Result<(Vec<u32>, String)> {
-        let text = &self.plan.text;
+        let made_up: String;
+        let text = match &self.plan.text {
+            Some(text) => text,
+            None => {
+                made_up = problems::recall(rng, tokens * 16).context;
+                &made_up
+            }
+        };
         // English has about 4 bytes a token; 12 leave room for any text without encoding all of it.
         let reach = (tokens * 12).min(text.len());
         let start = floor_boundary(text, rng.random_range(0..=text.len() - reach));

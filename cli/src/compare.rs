@@ -14,61 +14,114 @@ use std::{
     fs::File,
     io::{BufWriter, Write},
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Policies, separated by `;`. `full` is the measure of the others.
-    #[arg(long, default_value = "full;window:size=256,sinks=4;h2o:budget=256;tova:budget=256;snapkv:budget=256")]
-    policies: String,
-    /// What to measure: ppl, kl, needle, needle-aware, speed.
-    #[arg(long, default_value = "ppl,kl,needle,speed")]
-    tasks: String,
+    /// Policies, separated by `;`. `full` is the measure of the others. [default: some well-known ones]
+    #[arg(long)]
+    policies: Option<String>,
+    /// What to measure: ppl, kl, needle, needle-aware, recall, chain, speed [default: ppl,kl,needle,speed; without --model
+    /// recall,chain].
+    #[arg(long)]
+    tasks: Option<String>,
     /// Context lengths in tokens.
     #[arg(long, value_delimiter = ',', default_value = "1024")]
     context: Vec<usize>,
-    /// Compression ratios: each policy's budget is set so that all hold the same mean number of entries.
+    /// Compression ratios: each policy's budget is set so that all hold the same mean number of entries [default: none;
+    /// without --model and --policies 4].
     #[arg(long, value_delimiter = ',')]
     sweep: Vec<f64>,
-    /// Texts per context, prompts per context, repetitions of a timing.
-    #[arg(long, default_value_t = 3)]
-    samples: usize,
+    /// Texts per context, prompts per context, repetitions of a timing [default: 3].
+    #[arg(long)]
+    samples: Option<usize>,
     /// Chooses texts, numbers and depths.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The text that prompts are cut from, UTF-8.
+    /// The text that prompts are cut from, UTF-8; recall and chain make up their own, and so does speed where there is none.
     #[arg(long)]
-    text: PathBuf,
+    text: Option<PathBuf>,
     /// A folder for results.json and samples.jsonl.
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
+/// What is compared where the command line does not say.
+struct Defaults {
+    tasks: &'static str,
+    policies: &'static str,
+    sweep: &'static [f64], // of the policies above
+    samples: usize,
+}
+
+const DEFAULTS: Defaults = Defaults {
+    tasks: "ppl,kl,needle,speed",
+    policies: "full;window:size=256,sinks=4;h2o:budget=256;tova:budget=256;snapkv:budget=256",
+    sweep: &[],
+    samples: 3,
+};
+
+/// With the model inside the program: done within a minute on two cores.
+const DEMO_DEFAULTS: Defaults = Defaults {
+    tasks: "recall,chain",
+    policies: "full;window:sinks=4;h2o;tova;snapkv;knorm;dms",
+    sweep: &[4.0],
+    samples: 3,
+};
+
+/// The command line, filled in.
+struct Request<'a> {
+    tasks: Vec<Task>,
+    policies: Vec<&'a str>,
+    sweep: &'a [f64],
+    samples: usize,
+}
+
+impl<'a> Request<'a> {
+    fn new(args: &'a Args) -> Result<Self> {
+        let defaults = if args.model.model.is_some() { &DEFAULTS } else { &DEMO_DEFAULTS };
+        // A sweep would replace the budgets of policies that were written out.
+        let sweep = if args.policies.is_none() && args.sweep.is_empty() { defaults.sweep } else { &args.sweep };
+        Ok(Self {
+            tasks: Task::parse_list(args.tasks.as_deref().unwrap_or(defaults.tasks))?,
+            policies: Registry::split_list(args.policies.as_deref().unwrap_or(defaults.policies))?,
+            sweep,
+            samples: args.samples.unwrap_or(defaults.samples),
+        })
+    }
+
+    fn is_swept(&self, registry: &Registry, policy: &str) -> bool {
+        !self.sweep.is_empty() && compare::sweepable(registry, policy)
+    }
+}
+
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
-    let tasks = Task::parse_list(&args.tasks)?;
-    let policies = Registry::split_list(&args.policies)?;
+    let clock = Instant::now();
+    let request = Request::new(args)?;
     // Before the model is loaded: a typing error costs no wait. A sweep fills in what is missing.
-    for text in policies.iter().filter(|text| args.sweep.is_empty() || !compare::sweepable(registry, text)) {
+    for text in request.policies.iter().filter(|text| !request.is_swept(registry, text)) {
         registry.parse(text)?;
     }
-    let text = read_text(&args.text)?;
+    let text = args.text.as_deref().map(read_text).transpose()?;
+    compare::check_text(&request.tasks, text.as_deref())?;
     let mut hosted = args.model.load()?;
     // Text that is cut and put together again may make a few tokens more.
     args.model.reach(&mut hosted, args.context.iter().max().unwrap_or(&0).saturating_add(1024));
-    let groups = compare::task_groups(&tasks);
+    let groups = compare::task_groups(&request.tasks);
     let cells = args.context.iter().flat_map(|&context| groups.iter().map(move |tasks| (context, tasks.clone())));
-    let contests = cells.map(|(context, tasks)| contest(args, registry, &hosted, &policies, context, tasks));
-    let plan = Plan { contests: contests.collect::<Result<_>>()?, samples: args.samples, seed: args.seed, text };
+    let contests = cells.map(|(context, tasks)| contest(&request, registry, &hosted, context, tasks));
+    let plan = Plan { contests: contests.collect::<Result<_>>()?, samples: request.samples, seed: args.seed, text };
     check(&plan, &hosted, args.model.allow_long)?;
 
     let mut progress = Bar::new(args.out.as_deref())?;
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let rows = compare::run(&hosted, &plan, &mut progress)?;
     progress.finish()?;
-    println!("{}", table::comparison(&rows, &tasks));
+    println!("{}", table::comparison(&rows, &request.tasks));
+    eprintln!("{} in {:.1} s", hosted.lm.name(), clock.elapsed().as_secs_f64());
     if let Some(dir) = &args.out {
         let report = report(&hosted, &plan, started, rows)?;
         write_json(&dir.join("results.json"), &report)?;
@@ -78,20 +131,19 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
 }
 
 fn contest(
-    args: &Args,
+    request: &Request,
     registry: &Registry,
     hosted: &Hosted,
-    policies: &[&str],
     context: usize,
     tasks: Vec<Task>,
 ) -> Result<Contest> {
     let mut contenders = vec![];
-    for text in policies {
-        if args.sweep.is_empty() || !compare::sweepable(registry, text) {
+    for text in &request.policies {
+        if !request.is_swept(registry, text) {
             contenders.push(Contender { label: text.to_string(), policy: registry.parse(text)? });
             continue;
         }
-        for &ratio in &args.sweep {
+        for &ratio in request.sweep {
             match compare::fit(registry, text, &hosted.spec(), tasks[0], context, ratio) {
                 Ok(policy) => contenders.push(Contender { label: format!("{text} @{ratio}x"), policy }),
                 Err(kvpolicy::Error::OutOfReach(what)) => {
@@ -130,7 +182,7 @@ fn report(hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<compare::Row>) -
         model_sha256: hosted.lm.sha256()?,
         dtype: hosted.lm.dtype().as_str().to_string(),
         kv_dtype: hosted.options.kv_dtype(hosted.lm.model()).as_str().to_string(),
-        text_sha256: Sha256::digest(plan.text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect(),
+        text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
         host: Host {
             platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
@@ -140,6 +192,10 @@ fn report(hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<compare::Row>) -
         },
         rows,
     })
+}
+
+fn sha256(text: &str) -> String {
+    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Linux says; elsewhere it stays empty.
@@ -159,6 +215,7 @@ fn write_json(path: &Path, report: &Report) -> Result<()> {
 /// A progress bar, and the file of samples.
 struct Bar {
     bar: ProgressBar,
+    begun: u64, // units
     samples: Option<BufWriter<File>>,
 }
 
@@ -171,7 +228,7 @@ impl Bar {
         };
         let bar = ProgressBar::no_length();
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed}<{eta} {wide_msg}")?);
-        Ok(Self { bar, samples: out.map(open).transpose()? })
+        Ok(Self { bar, begun: 0, samples: out.map(open).transpose()? })
     }
 
     fn finish(&mut self) -> Result<()> {
@@ -186,11 +243,12 @@ impl Progress for Bar {
     }
 
     fn unit(&mut self, what: &str) {
+        self.bar.set_position(self.begun);
+        self.begun += 1;
         self.bar.set_message(what.to_string());
     }
 
     fn sample(&mut self, sample: &Sample) -> kvpolicy::Result<()> {
-        self.bar.inc(1);
         let Some(file) = &mut self.samples else { return Ok(()) };
         let write = |file: &mut BufWriter<File>| -> std::io::Result<()> {
             serde_json::to_writer(&mut *file, sample)?;

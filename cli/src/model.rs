@@ -82,9 +82,10 @@ pub(crate) fn device_name(device: &Device) -> Result<String> {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// A folder of safetensors, a GGUF file, or a hub id (org/name, org/name/file.gguf).
+    /// A folder of safetensors, a GGUF file, or a hub id (org/name, org/name/file.gguf) [default: `demo`, a small model
+    /// inside the program that recalls facts and walks along maps].
     #[arg(long)]
-    pub(crate) model: String,
+    pub(crate) model: Option<String>,
     /// Where the model runs and keeps its cache: cpu, cuda, or cuda:N for a GPU of several.
     #[arg(long, default_value = "cpu")]
     device: Place,
@@ -111,7 +112,10 @@ impl ModelArgs {
         if let Some(dtype) = self.dtype {
             options.dtype = dtype.dtype();
         }
-        let lm = Lm::load(&self.model, &options)?;
+        let lm = match &self.model {
+            Some(model) => Lm::load(model, &options)?,
+            None => Lm::embedded(&options)?,
+        };
         let kv_dtype = self.kv_dtype.map(Float::dtype);
         Ok(Hosted { lm, options: SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None } })
     }

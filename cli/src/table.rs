@@ -21,7 +21,8 @@ pub(crate) fn bytes(n: f64) -> String {
     format!("{:.*} {}", (step > 0) as usize, n / 1024f64.powi(step as i32), units[step])
 }
 
-/// One line per context and policy, one column per figure that was measured.
+/// One line per context and policy, one column per figure that was measured. Memory is over the policy's tasks: the largest
+/// peak, the mean of means.
 pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
@@ -36,13 +37,12 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Table {
     }
     for (context, policy) in lines {
         let own: Vec<&Row> = rows.iter().filter(|r| r.context == context && r.policy == policy).collect();
-        let Some(first) = own.first() else { continue };
         let mut cells = vec![
             context.to_string(),
             policy.to_string(),
-            format!("{:.2}x", first.compression),
-            bytes(first.kv.peak_bytes as f64),
-            bytes(first.kv.mean_bytes),
+            compression(&own),
+            bytes(own.iter().map(|row| row.kv.peak_bytes).max().unwrap_or(0) as f64),
+            bytes(own.iter().map(|row| row.kv.mean_bytes).sum::<f64>() / own.len() as f64),
         ];
         for task in tasks {
             let metrics = own.iter().find(|r| r.task == task.to_string()).map(|r| r.metrics.clone());
@@ -56,12 +56,21 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Table {
     table
 }
 
+/// What the tasks have in common, or from the least to the most where they differ: gates keep what a text is worth.
+fn compression(rows: &[&Row]) -> String {
+    let ratios = rows.iter().map(|row| row.compression);
+    let (least, most) = (ratios.clone().fold(f64::INFINITY, f64::min), ratios.fold(0.0, f64::max));
+    if most > least * 1.05 { format!("{least:.2}-{most:.2}x") } else { format!("{least:.2}x") }
+}
+
 fn columns(task: Task) -> Vec<&'static str> {
     match task {
         Task::Ppl => vec!["ppl"],
         Task::Kl => vec!["KL nats/token"],
         Task::Needle => vec!["needle"],
         Task::NeedleAware => vec!["needle-aware"],
+        Task::Recall => vec!["recall"],
+        Task::Chain => vec!["chain"],
         Task::Speed => vec!["prefill tok/s", "decode tok/s"],
     }
 }
@@ -71,10 +80,12 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
     match task {
         Task::Ppl => vec![number(metrics.ppl, 3)],
         Task::Kl => vec![number(metrics.kl, 4)],
-        Task::Needle | Task::NeedleAware => vec![match (metrics.correct, metrics.questions) {
-            (Some(correct), Some(questions)) => format!("{correct}/{questions}"),
-            _ => "-".to_string(),
-        }],
+        Task::Needle | Task::NeedleAware | Task::Recall | Task::Chain => {
+            vec![match (metrics.correct, metrics.questions) {
+                (Some(correct), Some(questions)) => format!("{correct}/{questions}"),
+                _ => "-".to_string(),
+            }]
+        }
         Task::Speed => vec![number(metrics.prefill_tokens_per_s, 1), number(metrics.decode_tokens_per_s, 1)],
     }
 }

@@ -127,6 +127,63 @@ fn a_sweep_gives_every_policy_the_same_mean_of_live_entries() {
     }
 }
 
+#[test]
+fn compare_without_a_model_shows_what_policies_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = program(&dir, &["compare", "--samples", "1", "--out", "out"]);
+    let table = succeeded(&output);
+    let report = read(&dir.path().join("out/results.json"));
+    assert_eq!((report.model.as_str(), report.text_sha256.as_str(), report.model_sha256.len()), ("demo", "", 64));
+    for policy in ["full", "window:sinks=4 @4x", "h2o @4x", "tova @4x", "snapkv @4x", "knorm @4x", "dms"] {
+        assert!(table.contains(policy), "{table}");
+        let rows: Vec<_> = report.rows.iter().filter(|row| row.policy == policy).collect();
+        // Those that trim only where a prompt or a question ends outgrow the memory on the walk.
+        let walks = !policy.starts_with("snapkv") && !policy.starts_with("knorm");
+        let tasks = rows.iter().map(|row| row.task.as_str()).collect::<Vec<_>>();
+        assert_eq!(tasks, ["recall", "chain"][..1 + walks as usize], "{policy}");
+        assert!(rows.iter().all(|row| row.context == 1024 && (row.kv.evicted > 0) == (policy != "full")), "{policy}");
+        assert!(rows.iter().all(|row| row.metrics.accuracy.is_some() && row.metrics.questions >= Some(1)));
+    }
+    assert!(String::from_utf8_lossy(&output.stderr).contains("left out at context 1024: snapkv @4x"));
+    let samples = std::fs::read_to_string(dir.path().join("out/samples.jsonl")).unwrap();
+    let samples: Vec<Sample> = samples.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let asked: u64 = report.rows.iter().filter_map(|row| row.metrics.questions).sum();
+    assert_eq!(samples.len() as u64, asked);
+    for sample in samples {
+        let line = if sample.task == "chain" { "steps.\n" } else { "?" };
+        assert!(sample.prompt.ends_with(line) && sample.expected.is_some() && sample.correct.is_some(), "{sample:?}");
+    }
+}
+
+/// Problems are made up in bytes; where tokens have more of them, and a template or a text is no help.
+#[test]
+fn recall_and_chain_run_on_any_model() {
+    let bench = Bench::new();
+    let args = ["--tasks", "recall,chain,speed", "--policies", "full;h2o:recent=8", "--sweep", "2"];
+    let args = [&args[..], &["--context", "400", "--samples", "2", "--out", "out"]].concat();
+    succeeded(&bench.run("compare", &args));
+    let rows = read(&bench.path("out/results.json")).rows;
+    assert_eq!(rows.len(), 6);
+    for row in rows.iter().filter(|row| row.policy == "h2o:recent=8 @2x" && row.task != "chain") {
+        assert!((row.compression / 2.0 - 1.0).abs() < 0.05, "{}: {}", row.task, row.compression);
+    }
+}
+
+#[test]
+fn generate_without_a_model_walks_along_a_map() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = program(&dir, &["generate", "--max-tokens", "30"]);
+    let text = succeeded(&output);
+    assert!(text.contains("-") && text.contains("\nfrom ") && text.contains(" steps.\n"), "{text}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("KV: peak"));
+    let named = succeeded(&program(&dir, &["generate", "--prompt", "the code of", "--max-tokens", "3"]));
+    assert!(!named.contains("steps"), "{named}");
+}
+
+fn program(dir: &TempDir, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kvpolicy")).current_dir(dir.path()).args(args).output().unwrap()
+}
+
 /// The example is a program with a policy of its own; cargo builds it beside the tests.
 #[test]
 fn a_policy_of_a_user_runs_in_compare() {
@@ -199,6 +256,9 @@ fn bad_input_is_refused_with_its_reason() {
     compare(&["--text", "t.txt", "--policies", ";"], &["no policy"]);
     compare(&["--text", "t.txt", "--tasks", "ppl,poetry"], &["poetry", "needle"]);
     compare(&["--text", "t.txt", "--tasks", ","], &["no task"]);
+    compare(&[], &["ppl", "--text", "recall,chain"]);
+    compare(&["--tasks", "recall,needle"], &["needle", "--text"]);
+    compare(&["--tasks", "chain", "--context", "100"], &["context=100"]);
     compare(&["--text", "t.txt", "--context", "100000"], &["100000", "512", "--allow-long"]);
     compare(&["--text", "t.txt", "--context", "0"], &["context=0"]);
     compare(&["--text", "t.txt", "--samples", "0"], &["samples"]);
@@ -220,6 +280,16 @@ fn bad_input_is_refused_with_its_reason() {
     generate(&[], &["--prompt"]);
     generate(&["--prompt-file", "bad.txt"], &["UTF-8"]);
     generate(&["--prompt", "x", "--kv-memory", "a lot"], &["a lot"]);
+    for (args, words) in [
+        (&["compare", "--tasks", "ppl"][..], &["ppl", "--text"][..]),
+        (&["compare", "--tasks", "poetry"], &["poetry", "recall"]),
+        (&["compare", "--context", "4096"], &["4096", "--allow-long"]),
+        (&["generate", "--prompt", ""], &["prompt is empty"]),
+    ] {
+        let output = self::program(&bench.dir, args);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && words.iter().all(|word| text.contains(word)), "{args:?}: {text}");
+    }
     let mut program = Command::new(env!("CARGO_BIN_EXE_kvpolicy"));
     let args = ["generate", "--model", "no.gguf", "--prompt", "x"];
     let output = program.current_dir(bench.dir.path()).args(args).output().unwrap();

@@ -105,6 +105,6 @@ fn answer(
 }
 
 /// The first run of digits.
-fn first_number(text: &str) -> Option<&str> {
+pub(super) fn first_number(text: &str) -> Option<&str> {
     text.split(|c: char| !c.is_ascii_digit()).find(|part| !part.is_empty())
 }

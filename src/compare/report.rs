@@ -26,7 +26,7 @@ pub struct Report {
     pub dtype: String,
     /// Type of stored keys and values.
     pub kv_dtype: String,
-    /// SHA-256 of the text.
+    /// SHA-256 of the text; empty without one.
     pub text_sha256: String,
     /// Chooses texts, numbers and depths.
     pub seed: u64,
@@ -109,7 +109,7 @@ pub struct Sample {
     pub context: usize,
     /// Number of the sample.
     pub sample: usize,
-    /// The whole prompt, or the text that was scored.
+    /// The whole prompt, with the turns before it as they went, or the text that was scored.
     pub prompt: String,
     /// What a right answer contains.
     #[serde(skip_serializing_if = "Option::is_none")]

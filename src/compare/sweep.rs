@@ -1,6 +1,6 @@
 //! Budgets at which policies hold the same number of entries.
 
-use super::{Task, check_context, likelihood::scored_tokens, needle::ANSWER, speed::GENERATED};
+use super::{Task, check_context, likelihood::scored_tokens, needle::ANSWER, problems::Problem, speed::GENERATED};
 use crate::{
     error::{Error, Result},
     policy::{Budget, Evict, LayerCx, NewTokens, Policy},
@@ -8,6 +8,7 @@ use crate::{
     spec::ModelSpec,
 };
 use candle_core::{DType, Device, Tensor};
+use rand::{SeedableRng, rngs::StdRng};
 use std::sync::Arc;
 
 /// The policy `text` with its budget (or window size) set so that its mean number of live entries over the steps of a
@@ -110,25 +111,66 @@ fn set(text: &str, parameter: &str, n: usize) -> String {
     format!("{}{space}{name}:{parameter}={n}{others}{}", &text[..range.start], &text[range.end..])
 }
 
-/// The shape of a run.
+/// The shape of a run: the steps that end in a token.
 struct Run {
-    prompt: usize,
-    decoded: usize,
+    steps: Vec<Step>,
+}
+
+/// One of them. Prefills are ends of a prompt or of a question.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Prefill(usize),
+    Decode,
+}
+
+impl Step {
+    fn tokens(self) -> usize {
+        match self {
+            Self::Prefill(tokens) => tokens,
+            Self::Decode => 1,
+        }
+    }
 }
 
 impl Run {
     fn of(task: Task, context: usize) -> Self {
-        let decoded = match task {
-            Task::Ppl | Task::Kl => scored_tokens(context) - 1, // the last one is scored, not fed
-            Task::Needle | Task::NeedleAware => ANSWER,
-            Task::Speed => GENERATED,
-        };
-        Self { prompt: context - decoded, decoded }
+        match task {
+            Task::Ppl | Task::Kl => Self::of_prompt(context, scored_tokens(context) - 1), // the last is scored, not fed
+            Task::Needle | Task::NeedleAware => Self::of_prompt(context, ANSWER),
+            Task::Speed => Self::of_prompt(context, GENERATED),
+            Task::Recall | Task::Chain => Self::of_problems(task, context),
+        }
     }
 
-    /// Mean entries of a dense row over the sampled steps.
+    fn of_prompt(context: usize, decoded: usize) -> Self {
+        Self { steps: prompt_and_answer(context - decoded, decoded).collect() }
+    }
+
+    /// The middle one of some problems of a byte a token. Where a token has more bytes the parts of a problem are longer,
+    /// and in about the same proportions.
+    fn of_problems(task: Task, context: usize) -> Self {
+        let problem = |seed| task.problem(&mut StdRng::seed_from_u64(seed), context);
+        let mut runs: Vec<Self> = (0..PROBLEMS).filter_map(problem).map(|problem| Self::of_problem(&problem)).collect();
+        runs.sort_by(|a, b| a.dense().total_cmp(&b.dense()));
+        let middle = runs.len() / 2;
+        runs.swap_remove(middle)
+    }
+
+    fn of_problem(problem: &Problem) -> Self {
+        let turns = problem.turns.iter().enumerate().flat_map(|(i, turn)| {
+            let newline = (i > 0) as usize; // that of the answer before
+            prompt_and_answer(newline + turn.question.len(), turn.answer.len() - 1)
+        });
+        Self { steps: std::iter::once(Step::Prefill(problem.context.len())).chain(turns).collect() }
+    }
+
+    /// Mean entries of a dense row over the steps.
     fn dense(&self) -> f64 {
-        self.prompt as f64 + self.decoded as f64 / 2.0
+        let seen = self.steps.iter().scan(0, |seen, step| {
+            *seen += step.tokens();
+            Some(*seen)
+        });
+        seen.sum::<usize>() as f64 / self.steps.len() as f64
     }
 
     /// Mean entries of a row under the policy: counted, not run.
@@ -147,21 +189,31 @@ impl Run {
             Budget::Heads(n) => live.min(n.iter().sum::<usize>() as f64 / n.len().max(1) as f64),
             Budget::Pooled { total, .. } => live.min((total as f64 / cx.spec.kv_heads as f64).max(shielded(seen))),
         };
-        let mut live = if marks_all { shielded(self.prompt) } else { self.prompt as f64 };
-        if when.prefill_end {
-            live = trimmed(live, self.prompt);
-        }
-        let mut sum = live;
-        for step in 1..=self.decoded {
-            let seen = self.prompt + step;
-            live = if marks_all { shielded(seen) } else { live + 1.0 };
-            if when.every.is_some_and(|n| step.is_multiple_of(n.get() as usize)) {
+        let (mut live, mut seen, mut decoded, mut sum) = (0.0, 0, 0, 0.0);
+        for step in &self.steps {
+            seen += step.tokens();
+            live = if marks_all { shielded(seen) } else { live + step.tokens() as f64 };
+            let trims = match step {
+                Step::Prefill(_) => when.prefill_end,
+                Step::Decode => {
+                    decoded += 1;
+                    when.every.is_some_and(|n| usize::is_multiple_of(decoded, n.get() as usize))
+                }
+            };
+            if trims {
                 live = trimmed(live, seen);
             }
             sum += live;
         }
-        Ok(sum / (self.decoded + 1) as f64)
+        Ok(sum / self.steps.len() as f64)
     }
+}
+
+/// Problems of which the middle one stands for all.
+const PROBLEMS: u64 = 15;
+
+fn prompt_and_answer(prompt: usize, decoded: usize) -> impl Iterator<Item = Step> {
+    std::iter::once(Step::Prefill(prompt)).chain(std::iter::repeat_n(Step::Decode, decoded))
 }
 
 /// A token to ask a policy what it marks.
@@ -174,4 +226,37 @@ fn one_token(spec: &ModelSpec) -> Result<NewTokens> {
         evict_logits: None,
         positions: Tensor::zeros(1, DType::U32, &Device::Cpu)?,
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_has_the_shape_of_its_problems() {
+        let run = Run::of(Task::Chain, 1024);
+        assert!((640..1024).contains(&run.steps.len()), "{}", run.steps.len()); // 22 steps of 29 bytes and more
+        assert!((0.5..0.7).contains(&(run.dense() / 1024.0)), "{}", run.dense()); // half of the walk, after the map
+        let run = Run::of(Task::Recall, 1024);
+        let prefills = run.steps.iter().filter(|step| matches!(step, Step::Prefill(_))).count();
+        assert!((3..=5).contains(&prefills) && run.steps.len() == prefills + (prefills - 1) * " 0000".len());
+        assert!((0.9..1.0).contains(&(run.dense() / 1024.0)), "{}", run.dense());
+    }
+
+    #[test]
+    fn a_budget_is_found_for_every_task() {
+        let (registry, spec) = (Registry::standard(), ModelSpec::new(2, 8, 4, 32));
+        for task in [Task::Ppl, Task::Needle, Task::Recall, Task::Chain, Task::Speed] {
+            for text in ["window:sinks=4", "h2o:recent=16", "tova"] {
+                let policy = fit(&registry, text, &spec, task, 1024, 4.0).unwrap();
+                let run = Run::of(task, 1024);
+                let ratio = run.dense() / run.live(&*policy, &spec).unwrap();
+                assert!((ratio / 4.0 - 1.0).abs() < 0.03, "{task} {text}: {ratio}");
+            }
+        }
+        // It trims where a prompt or a question ends: a walk outgrows the memory, short answers do not.
+        let snapkv = |task| fit(&registry, "snapkv:window=8", &spec, task, 1024, 4.0);
+        assert!(snapkv(Task::Recall).is_ok() && matches!(snapkv(Task::Chain), Err(Error::OutOfReach(_))));
+    }
 }

@@ -1,7 +1,6 @@
 //! Chat templates: a conversation to the text that the model was trained on.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,7 +12,10 @@ use minijinja_contrib::pycompat;
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    folder::Folder,
+};
 
 const NAME: &str = "chat";
 
@@ -84,13 +86,16 @@ impl ChatTemplate {
     /// [`Error::File`] when a file cannot be read, is malformed or has no `default` among its templates;
     /// [`Error::Template`] when the template does not parse.
     pub fn from_hf_dir(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join("tokenizer_config.json");
-        let broken = |what: String| Error::File { path: path.clone(), what };
-        let config: serde_json::Value = match read_optional(&path)? {
+        Self::of(Folder::Disk(dir))
+    }
+
+    pub(crate) fn of(folder: Folder) -> Result<Option<Self>> {
+        let broken = |what: String| Error::file(folder.path("tokenizer_config.json"), what);
+        let config: serde_json::Value = match folder.text("tokenizer_config.json")? {
             Some(text) => serde_json::from_str(&text).map_err(|e| broken(format!("not JSON: {e}")))?,
             None => serde_json::Value::Null,
         };
-        let source = match read_optional(&dir.join("chat_template.jinja"))? {
+        let source = match folder.text("chat_template.jinja")? {
             Some(source) => source,
             None => match &config["chat_template"] {
                 serde_json::Value::Null => return Ok(None),
@@ -177,14 +182,6 @@ fn template(error: minijinja::Error) -> Error {
         source = cause.source();
     }
     Error::Template(what)
-}
-
-fn read_optional(path: &Path) -> Result<Option<String>> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::File { path: path.to_path_buf(), what: e.to_string() }),
-    }
 }
 
 /// Python's `json.dumps`: minijinja's own filter escapes for HTML and puts no spaces.
@@ -304,7 +301,7 @@ fn strftime(format: &str, seconds: u64) -> std::result::Result<String, minijinja
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
-    use std::path::PathBuf;
+    use std::{fs, path::PathBuf};
 
     use candle_core::quantized::gguf_file::Content;
 

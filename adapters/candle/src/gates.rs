@@ -11,6 +11,7 @@
 use crate::{
     config::Config,
     error::{Error, Result},
+    folder::{Blob, Folder},
     ops::{self, GateWeights},
     weights::Weights,
 };
@@ -63,21 +64,21 @@ impl Gates {
     /// # Errors
     /// [`Error::File`] if there is no description of gates or a tensor is missing.
     pub fn load(path: &Path, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
-        let (dir, mut weights) = if path.is_dir() {
-            (path, Weights::from_dir(path, dtype, device)?)
+        let (folder, files) = if path.is_dir() {
+            (Folder::Disk(path), Folder::Disk(path).weights()?)
         } else {
-            let beside = path.parent().unwrap_or(Path::new("."));
-            (beside, Weights::from_files(&[path.to_path_buf()], dtype, device)?)
+            (Folder::Disk(path.parent().unwrap_or(Path::new("."))), vec![Blob::Disk(path.to_path_buf())])
         };
-        let layout = Layout::of_dir(dir)?.ok_or_else(|| {
+        let mut weights = Weights::from_files(&files, dtype, device)?;
+        let layout = Layout::of(folder)?.ok_or_else(|| {
             Error::file(path, "no description of gates beside it: config.json with dms_* fields, or dms_metadata.json")
         })?;
         layout.read(&mut weights, config)
     }
 
     /// The gates of a checkpoint folder, if it describes any.
-    pub(crate) fn of_checkpoint(dir: &Path, weights: &mut Weights, config: &Config) -> Result<Option<Self>> {
-        Layout::of_dir(dir)?.map(|layout| layout.read(weights, config)).transpose()
+    pub(crate) fn of_checkpoint(folder: Folder, weights: &mut Weights, config: &Config) -> Result<Option<Self>> {
+        Layout::of(folder)?.map(|layout| layout.read(weights, config)).transpose()
     }
 
     /// Decision logits of one layer's new tokens by its adapter, f32 `[tokens, kv_heads]`; `None` if the gates have
@@ -112,21 +113,17 @@ impl Gates {
 }
 
 impl Layout {
-    fn of_dir(dir: &Path) -> Result<Option<Self>> {
-        let read = |path: &Path| -> Result<Option<Map<String, Value>>> {
-            let text = match std::fs::read_to_string(path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-                Err(error) => return Err(Error::file(path, error)),
-            };
-            serde_json::from_str(&text).map(Some).map_err(|e| Error::file(path, e))
+    fn of(folder: Folder) -> Result<Option<Self>> {
+        let read = |name: &str| -> Result<Option<Map<String, Value>>> {
+            let parsed = folder.text(name)?.map(|text| serde_json::from_str(&text)).transpose();
+            parsed.map_err(|e| Error::file(folder.path(name), e))
         };
-        if let Some(shisa) = read(&dir.join("dms_metadata.json"))? {
+        if let Some(shisa) = read("dms_metadata.json")? {
             return Ok(Some(Self::shisa(&shisa)));
         }
-        match read(&dir.join("config.json"))? {
+        match read("config.json")? {
             Some(config) if config.keys().any(|key| key.starts_with("dms_")) => {
-                Self::nvidia(&config).map(Some).map_err(|what| Error::file(dir.join("config.json"), what))
+                Self::nvidia(&config).map(Some).map_err(|what| Error::file(folder.path("config.json"), what))
             }
             _ => Ok(None),
         }

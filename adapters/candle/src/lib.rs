@@ -49,7 +49,9 @@
 
 mod chat;
 mod config;
+pub mod demo;
 mod error;
+mod folder;
 mod gates;
 mod gguf_header;
 #[cfg(feature = "hub")]

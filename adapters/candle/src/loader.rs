@@ -3,18 +3,19 @@
 use crate::{
     chat::{ChatTemplate, Message},
     config::Config,
+    demo,
     error::{Error, Result},
+    folder::{Blob, Folder},
     gates::Gates,
     model::Model,
     session::{Session, SessionOptions},
     tokenizer::Tokenizer,
-    weights::{GgufFile, Weights, safetensors_files},
+    weights::{GgufFile, Weights},
 };
 use candle_core::{DType, Device};
 use kvpolicy::{GateSource, KvCache, Policy};
 use sha2::{Digest, Sha256};
 use std::{
-    io::Read,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -65,7 +66,7 @@ pub struct Lm {
     gates: Option<Arc<Gates>>,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
-    files: Vec<PathBuf>,
+    files: Vec<Blob>,
     dtype: DType,
     device: Device,
     sha256: OnceLock<String>,
@@ -81,14 +82,29 @@ impl Lm {
         let path = locate(source)?;
         let name = path.file_name().map_or(source.to_string(), |name| name.to_string_lossy().into_owned());
         let name = if Path::new(source).exists() { name } else { source.to_string() };
-        if path.is_dir() { Self::from_dir(name, &path, options) } else { Self::from_gguf(name, &path, options) }
+        if path.is_dir() {
+            Self::from_folder(name, Folder::Disk(&path), options)
+        } else {
+            Self::from_gguf(name, &path, options)
+        }
     }
 
-    fn from_dir(name: String, dir: &Path, options: &LoadOptions) -> Result<Self> {
-        let (model, gates) = Model::from_dir(dir, options)?;
-        let tokenizer = Tokenizer::from_file(&dir.join("tokenizer.json"))?.with_eos(model.config().eos.clone());
-        let template = ChatTemplate::from_hf_dir(dir)?;
-        Ok(Self::new(name, model, gates, tokenizer, template, safetensors_files(dir)?, options))
+    /// The small model inside the program, with gates: made for [`kvpolicy::compare::problems`] and nothing else, its tokens
+    /// are bytes. Its name is `demo`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a type that the device does not take.
+    pub fn embedded(options: &LoadOptions) -> Result<Self> {
+        Self::from_folder(demo::NAME.to_string(), demo::FOLDER, options)
+    }
+
+    fn from_folder(name: String, folder: Folder, options: &LoadOptions) -> Result<Self> {
+        let (model, gates) = Model::from_folder(folder, options)?;
+        let file = "tokenizer.json";
+        let tokenizer = Tokenizer::from_json(&folder.required(file)?, &folder.path(file))?;
+        let tokenizer = tokenizer.with_eos(model.config().eos.clone());
+        let template = ChatTemplate::of(folder)?;
+        Ok(Self::new(name, model, gates, tokenizer, template, folder.weights()?, options))
     }
 
     fn from_gguf(name: String, path: &Path, options: &LoadOptions) -> Result<Self> {
@@ -100,7 +116,7 @@ impl Lm {
         let model = Model::load(config, &mut Weights::Gguf(weights), &options.device)?;
         // Whatever was asked for: quantized weights come with f32 activations.
         let options = &LoadOptions { dtype: dense.unwrap_or(DType::F32), ..options.clone() };
-        Ok(Self::new(name, model, None, tokenizer, template, vec![path.to_path_buf()], options))
+        Ok(Self::new(name, model, None, tokenizer, template, vec![Blob::Disk(path.to_path_buf())], options))
     }
 
     fn new(
@@ -109,7 +125,7 @@ impl Lm {
         gates: Option<Gates>,
         tokenizer: Tokenizer,
         template: Option<ChatTemplate>,
-        files: Vec<PathBuf>,
+        files: Vec<Blob>,
         options: &LoadOptions,
     ) -> Self {
         let (gates, sha256) = (gates.map(Arc::new), OnceLock::new());
@@ -168,16 +184,7 @@ impl Lm {
             return Ok(known.clone());
         }
         let mut hash = Sha256::new();
-        let mut buffer = vec![0u8; 1 << 20];
-        for path in &self.files {
-            let mut file = std::fs::File::open(path).map_err(|e| Error::file(path, e))?;
-            loop {
-                match file.read(&mut buffer).map_err(|e| Error::file(path, e))? {
-                    0 => break,
-                    n => hash.update(&buffer[..n]),
-                }
-            }
-        }
+        self.files.iter().try_for_each(|file| file.digest(&mut hash))?;
         let text: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(self.sha256.get_or_init(|| text).clone())
     }
@@ -215,12 +222,15 @@ impl Model {
     /// # Errors
     /// Whatever keeps the model from being used, naming the file, the field or the tensor.
     pub fn from_dir(dir: &Path, options: &LoadOptions) -> Result<(Self, Option<Gates>)> {
+        Self::from_folder(Folder::Disk(dir), options)
+    }
+
+    fn from_folder(folder: Folder, options: &LoadOptions) -> Result<(Self, Option<Gates>)> {
         options.check()?;
-        let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
-        let config = Config::from_json(&text)?;
-        let mut weights = Weights::from_dir(dir, options.dtype, &options.device)?;
-        let gates = Gates::of_checkpoint(dir, &mut weights, &config)?;
+        let missing = || Error::file(folder.path("config.json"), "no such file");
+        let config = Config::from_json(&folder.text("config.json")?.ok_or_else(missing)?)?;
+        let mut weights = Weights::from_files(&folder.weights()?, options.dtype, &options.device)?;
+        let gates = Gates::of_checkpoint(folder, &mut weights, &config)?;
         Ok((Self::load(config, &mut weights, &options.device)?, gates))
     }
 

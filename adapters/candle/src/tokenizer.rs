@@ -105,9 +105,14 @@ impl Tokenizer {
     /// [`Error::File`] when the file cannot be read, is no tokenizer, or has a decoder other than byte-level,
     /// SentencePiece-style or none.
     pub fn from_file(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+        Self::from_json(&bytes, path)
+    }
+
+    /// Reads the bytes of a `tokenizer.json`; messages name it by `path`.
+    pub(crate) fn from_json(bytes: &[u8], path: &Path) -> Result<Self> {
         let file = |what: String| Error::File { path: path.to_path_buf(), what };
-        let bytes = std::fs::read(path).map_err(|e| file(e.to_string()))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| file(format!("not a tokenizer: {e}")))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| file(format!("not a tokenizer: {e}")))?;
         inner.with_truncation(None).map_err(|e| file(e.to_string()))?;
         inner.with_padding(None);
 

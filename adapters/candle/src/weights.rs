@@ -2,6 +2,7 @@
 
 use crate::{
     error::{Error, Result},
+    folder::Blob,
     gguf_header, ops,
 };
 use candle_core::{
@@ -93,16 +94,13 @@ pub(crate) struct GgufFile {
 }
 
 impl Weights {
-    /// Every safetensors file of a model folder: `model.safetensors`, or the shards its index names.
-    pub(crate) fn from_dir(dir: &Path, dtype: DType, device: &Device) -> Result<Self> {
-        Self::from_files(&safetensors_files(dir)?, dtype, device)
-    }
-
-    pub(crate) fn from_files(files: &[PathBuf], dtype: DType, device: &Device) -> Result<Self> {
+    /// Every tensor of safetensors files.
+    pub(crate) fn from_files(files: &[Blob], dtype: DType, device: &Device) -> Result<Self> {
         let mut tensors = HashMap::new();
         for file in files {
-            let part = candle_core::safetensors::load(file, device);
-            tensors.extend(part.map_err(|e| Error::file(file, without_backtrace(&e)))?);
+            let bytes = file.read()?.ok_or_else(|| Error::file(file.path(), "no such file"))?;
+            let part = candle_core::safetensors::load_buffer(&bytes, device);
+            tensors.extend(part.map_err(|e| Error::file(file.path(), without_backtrace(&e)))?);
         }
         Ok(Self::SafeTensors(SafeTensors { tensors, dtype, device: device.clone() }))
     }
@@ -250,26 +248,6 @@ fn check_shape(name: &str, got: &[usize], expected: &[usize]) -> Result<()> {
 /// candle prints the backtrace with the error where backtraces are on.
 fn without_backtrace(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_string()
-}
-
-/// The safetensors files of a model folder.
-pub(crate) fn safetensors_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let single = dir.join("model.safetensors");
-    if single.is_file() {
-        return Ok(vec![single]);
-    }
-    let index = dir.join("model.safetensors.index.json");
-    let text = std::fs::read_to_string(&index)
-        .map_err(|_| Error::file(dir, "has neither model.safetensors nor model.safetensors.index.json"))?;
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: HashMap<String, String>,
-    }
-    let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::file(&index, e))?;
-    let mut files: Vec<PathBuf> = parsed.weight_map.into_values().map(|file| dir.join(file)).collect();
-    files.sort();
-    files.dedup();
-    Ok(files)
 }
 
 /// The name GGUF gives a tensor.

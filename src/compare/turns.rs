@@ -1,0 +1,349 @@
+//! Problems that are read, compressed, and then asked about.
+
+use super::{
+    Contender, Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, argmax, needle::first_number,
+    problems::Problem, report::Runs,
+};
+use crate::{
+    error::{Error, Result},
+    stats::Stats,
+};
+
+pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> Result<Vec<Row>> {
+    let mut tallies = vec![Tally::default(); texts.contenders().len()];
+    for sample in 0..texts.plan.samples {
+        let asked = Asked::new(texts, task, sample)?;
+        for (contender, tally) in texts.contenders().iter().zip(&mut tallies) {
+            progress.unit(&format!("{task} {} at {}", contender.label, texts.context()));
+            let (said, stats) = asked.ask(texts, contender)?;
+            tally.runs.add(&stats);
+            for (ask, Said { prompt, answer }) in asked.turns.iter().zip(said) {
+                let right = is_right(task, &ask.expected, &answer);
+                tally.questions += 1;
+                tally.correct += right as u64;
+                progress.sample(&Sample {
+                    prompt,
+                    expected: Some(ask.expected.clone()),
+                    answer: Some(answer),
+                    correct: Some(right),
+                    ..Sample::new(&task.to_string(), contender, texts.context(), sample)
+                })?;
+            }
+        }
+    }
+    let rows = texts.contenders().iter().zip(&tallies);
+    Ok(rows.map(|(contender, tally)| Row::new(contender, task, texts, tally.metrics(), &tally.runs)).collect())
+}
+
+#[derive(Debug, Clone, Default)]
+struct Tally {
+    correct: u64,
+    questions: u64,
+    runs: Runs,
+}
+
+impl Tally {
+    fn metrics(&self) -> Metrics {
+        Metrics {
+            correct: Some(self.correct),
+            questions: Some(self.questions),
+            accuracy: Some(self.correct as f64 / self.questions as f64),
+            ..Metrics::default()
+        }
+    }
+}
+
+/// A problem in tokens.
+struct Asked {
+    task: Task,
+    text: String, // that the context's tokens stand for
+    context: Vec<u32>,
+    turns: Vec<Ask>,
+}
+
+struct Ask {
+    /// What is read: the newline that ends the answer before, and the question.
+    text: String,
+    tokens: Vec<u32>,
+    /// The answer, without the newline at its end.
+    expected: String,
+    /// Tokens it may have.
+    most: usize,
+}
+
+/// A turn as it went.
+struct Said {
+    prompt: String,
+    answer: String,
+}
+
+impl Asked {
+    fn new(texts: &Excerpts, task: Task, sample: usize) -> Result<Self> {
+        let problem = fitting(texts, task, sample)?;
+        let encode = |text: &str| texts.subject.encode(text);
+        // What a wrong answer may take beyond a right one, in a context that may have no room left.
+        let room = texts.subject.max_context().max(texts.context()) - encode(&problem.text())?.len();
+        let room = room / problem.turns.len();
+        let (mut context, mut turns, mut said) = (encode(&problem.context)?, vec![], problem.context.clone());
+        for (i, turn) in problem.turns.iter().enumerate() {
+            // One encoding from the start, so that nothing a tokenizer does there happens in the middle.
+            let text = format!("{}{}", if i == 0 { "" } else { "\n" }, turn.question);
+            let expected = turn.answer.trim_end_matches('\n').to_string();
+            let (front, all) = (encode(&said)?, encode(&format!("{said}{text}"))?);
+            let split = all.iter().zip(&front).take_while(|(a, b)| a == b).count();
+            if i == 0 {
+                context = all[..split].to_vec();
+            }
+            said = format!("{said}{text}{expected}");
+            let answer = encode(&format!("{said}\n"))?.len().saturating_sub(all.len());
+            let more = if task == Task::Chain { answer * 3 / 10 } else { MORE };
+            turns.push(Ask { tokens: all[split..].to_vec(), text, expected, most: answer + more.min(room) });
+        }
+        Ok(Self { task, text: problem.context, context, turns })
+    }
+
+    /// The answers of one policy, in one sequence: it compresses the context before it reads a question.
+    fn ask(&self, texts: &Excerpts, contender: &Contender) -> Result<(Vec<Said>, Stats)> {
+        let mut sequence = texts.subject.open(&contender.policy)?;
+        sequence.prefill(&self.context, true)?;
+        let (mut text, mut turns) = (self.text.clone(), vec![]);
+        for ask in &self.turns {
+            text += &ask.text;
+            let answer = self.answer(texts, &mut *sequence, ask)?;
+            turns.push(Said { prompt: text.clone(), answer: answer.clone() });
+            text += answer.trim_end_matches('\n');
+        }
+        Ok((turns, sequence.stats()))
+    }
+
+    /// Greedy, to the newline that ends the answer, which is not fed: the next question brings its own.
+    fn answer(&self, texts: &Excerpts, sequence: &mut dyn Sequence, ask: &Ask) -> Result<String> {
+        let mut logits = sequence.prefill(&ask.tokens, true)?;
+        let mut answer = vec![];
+        while answer.len() < ask.most {
+            let token = argmax(&logits);
+            if texts.subject.is_end(token) {
+                break;
+            }
+            answer.push(token);
+            let ends_line = texts.subject.decode(&[token])?.contains('\n');
+            if ends_line && is_whole(self.task, &texts.subject.decode(&answer)?) {
+                break;
+            }
+            if answer.len() < ask.most {
+                logits = sequence.decode(token)?;
+            }
+        }
+        Ok(texts.subject.decode(&answer)?)
+    }
+}
+
+/// Tokens of an answer to `recall` beyond those of a right one.
+const MORE: usize = 8;
+
+/// The last problem of those tried that fills the context.
+fn fitting(texts: &Excerpts, task: Task, sample: usize) -> Result<Problem> {
+    let context = texts.context();
+    let refuse = |what: String| Error::Config(format!("context={context}: {what}"));
+    let mut bytes = context;
+    for _ in 0..TRIES {
+        let problem = task.problem(&mut texts.rng(sample), bytes);
+        let problem = problem.ok_or_else(|| refuse(format!("{task} has no problems")))?;
+        let text = problem.text();
+        let tokens = texts.subject.encode(&text)?.len().max(1);
+        // Bytes of which there would be `context` tokens.
+        let wanted = context * text.len() / tokens;
+        if tokens > context {
+            bytes = wanted.min(bytes - bytes / 64);
+        } else if wanted > bytes + bytes / 64 && text.len() * 10 > bytes * 7 {
+            bytes = wanted;
+        } else {
+            return Ok(problem);
+        }
+    }
+    Err(refuse(format!("no {task} of so few tokens could be made; give a longer context")))
+}
+
+const TRIES: usize = 12;
+
+/// Whether an answer that ends in a newline has nothing more to say.
+fn is_whole(task: Task, answer: &str) -> bool {
+    task != Task::Chain || last_line(answer).starts_with('=')
+}
+
+fn is_right(task: Task, expected: &str, answer: &str) -> bool {
+    match task {
+        Task::Chain => last_line(answer).trim_end() == last_line(expected),
+        _ => first_number(answer) == first_number(expected),
+    }
+}
+
+fn last_line(text: &str) -> &str {
+    text.trim_end_matches('\n').rsplit('\n').next().unwrap_or_default()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{
+        compare::{Contest, HostError, Plan, Subject, run},
+        policies::Full,
+        policy::Policy,
+        spec::ModelSpec,
+    };
+    use std::{cell::RefCell, sync::Arc};
+
+    type Hosted<T> = std::result::Result<T, HostError>;
+    const BOS: u32 = 256;
+
+    /// Reads bytes, and knows every answer or none.
+    struct Oracle {
+        knows: bool,
+        most: RefCell<usize>, // tokens of the longest sequence
+    }
+
+    struct Reader<'a> {
+        oracle: &'a Oracle,
+        text: String,
+    }
+
+    impl Subject for Oracle {
+        fn spec(&self) -> ModelSpec {
+            ModelSpec::new(1, 1, 1, 8)
+        }
+
+        fn max_context(&self) -> usize {
+            1100
+        }
+
+        fn encode(&self, text: &str) -> Hosted<Vec<u32>> {
+            Ok(std::iter::once(BOS).chain(text.bytes().map(u32::from)).collect())
+        }
+
+        fn decode(&self, tokens: &[u32]) -> Hosted<String> {
+            Ok(tokens.iter().filter(|&&t| t != BOS).map(|&t| t as u8 as char).collect())
+        }
+
+        fn is_end(&self, _: u32) -> bool {
+            false
+        }
+
+        fn chat(&self, user: &str) -> Hosted<String> {
+            Ok(user.to_string())
+        }
+
+        fn open(&self, _: &Arc<dyn Policy>) -> Hosted<Box<dyn Sequence + '_>> {
+            Ok(Box::new(Reader { oracle: self, text: String::new() }))
+        }
+    }
+
+    impl Sequence for Reader<'_> {
+        fn prefill(&mut self, tokens: &[u32], last: bool) -> Hosted<Vec<f32>> {
+            assert!(last);
+            assert_eq!(tokens.contains(&BOS), self.text.is_empty());
+            self.text += &self.oracle.decode(tokens)?;
+            let mut most = self.oracle.most.borrow_mut();
+            *most = (*most).max(self.text.len() + 1);
+            let next = if self.oracle.knows { right(&self.text).unwrap_or(b'?') } else { b'1' };
+            Ok((0..=BOS).map(|token| (token == next as u32) as u8 as f32).collect())
+        }
+
+        fn decode(&mut self, token: u32) -> Hosted<Vec<f32>> {
+            self.prefill(&[token], true)
+        }
+
+        fn stats(&self) -> Stats {
+            Stats { mean_dense_entries: 2.0, mean_live_entries: 1.0, ..Stats::default() }
+        }
+    }
+
+    /// The byte that goes on with the answer to the last question.
+    fn right(text: &str) -> Option<u8> {
+        let (context, asked) = text.split_once("\nfrom ").or_else(|| text.split_once("\nthe code of "))?;
+        let answer_and_said = match asked.rsplit("\nthe code of ").next()?.split_once('?') {
+            Some((subject, said)) => {
+                let value = context.split_once(&format!("the code of {subject} is "))?.1.get(..4)?;
+                (format!(" {value}\n"), said)
+            }
+            None => {
+                let (asked, said) = asked.split_once(" steps.\n")?;
+                let (start, steps) = asked.split_once(", ")?;
+                let road = |from: &str| context.split_once(&format!("{from}-")).map(|(_, rest)| rest[..2].to_string());
+                let (mut at, mut walk) = (start.to_string(), String::new());
+                for i in 1..=steps.parse().ok()? {
+                    let to = road(&at)?;
+                    walk += &format!("{i}. from {at} the road leads to {to}\n");
+                    at = to;
+                }
+                (walk + &format!("= {at}\n"), said)
+            }
+        };
+        answer_and_said.0.as_bytes().get(answer_and_said.1.len()).copied()
+    }
+
+    #[derive(Default)]
+    struct Notes(Vec<Sample>);
+
+    impl Progress for Notes {
+        fn start(&mut self, _: u64) {}
+
+        fn unit(&mut self, _: &str) {}
+
+        fn sample(&mut self, sample: &Sample) -> Result<()> {
+            self.0.push(sample.clone());
+            Ok(())
+        }
+    }
+
+    fn play(oracle: &Oracle) -> (Vec<Row>, Vec<Sample>) {
+        let contenders = vec![Contender { label: "full".into(), policy: Arc::new(Full {}) }];
+        let contest = |task, context| Contest { context, tasks: vec![task], contenders: contenders.clone() };
+        let contests = [128, 400, 1024, 1100]
+            .iter()
+            .flat_map(|&context| [Task::Recall, Task::Chain].map(|task| contest(task, context)));
+        let plan = Plan { contests: contests.collect(), samples: 3, seed: 7, text: None };
+        let mut notes = Notes::default();
+        let rows = run(oracle, &plan, &mut notes).unwrap();
+        (rows, notes.0)
+    }
+
+    #[test]
+    fn a_model_that_knows_answers_everything_right() {
+        let oracle = Oracle { knows: true, most: RefCell::default() };
+        let (rows, samples) = play(&oracle);
+        assert_eq!(rows.len(), 8);
+        assert!(rows.iter().all(|row| row.metrics.accuracy == Some(1.0) && row.samples == 3), "{rows:?}");
+        assert_eq!(rows.iter().map(|row| row.metrics.questions.unwrap()).sum::<u64>(), samples.len() as u64);
+        assert!(
+            samples.iter().all(|s| s.answer.as_ref().unwrap().trim_end_matches('\n') == s.expected.as_ref().unwrap())
+        );
+        assert!(samples.iter().all(|s| s.prompt.len() < s.context && s.correct == Some(true)));
+        // The second question follows the first answer.
+        let turns = samples.iter().filter(|s| s.task == "recall" && s.prompt.matches('?').count() == 2);
+        assert!(turns.clone().count() > 0 && turns.clone().all(|s| s.prompt.contains("\n\nthe code of ")));
+        assert!(*oracle.most.borrow() <= 1100);
+    }
+
+    #[test]
+    fn a_model_that_never_ends_is_cut_off() {
+        let oracle = Oracle { knows: false, most: RefCell::default() };
+        let (rows, samples) = play(&oracle);
+        assert!(rows.iter().all(|row| row.metrics.correct == Some(0)));
+        for sample in samples.iter().filter(|s| s.context == 1024) {
+            let (said, right) = (sample.answer.as_ref().unwrap().len(), sample.expected.as_ref().unwrap().len());
+            assert!(said > right && said <= right + right / 3 + 9, "{said} for {right}");
+        }
+        assert!(*oracle.most.borrow() <= 1100);
+    }
+
+    #[test]
+    fn a_task_that_cuts_text_says_that_it_needs_one() {
+        let oracle = Oracle { knows: true, most: RefCell::default() };
+        let contenders = vec![Contender { label: "full".into(), policy: Arc::new(Full {}) }];
+        let contests = vec![Contest { context: 256, tasks: vec![Task::Ppl, Task::Kl], contenders }];
+        let plan = Plan { contests, samples: 1, seed: 0, text: None };
+        let error = run(&oracle, &plan, &mut Notes::default()).unwrap_err().to_string();
+        assert!(error.contains("ppl") && error.contains("--text"), "{error}");
+    }
+}
