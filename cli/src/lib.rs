@@ -14,6 +14,7 @@ mod model;
 mod policies;
 mod retrofit;
 mod table;
+mod train_demo;
 
 use clap::{Parser, Subcommand};
 use kvpolicy::Registry;
@@ -37,6 +38,8 @@ enum Command {
     Compare(compare::Args),
     /// Train DMS gates into a model, its weights frozen.
     Retrofit(retrofit::Args),
+    /// Train the embedded model from nothing, and its gates.
+    TrainDemo(train_demo::Args),
     /// Measure kernels and whole models of random weights on a GPU.
     #[cfg(feature = "cuda")]
     Bench(bench::Args),
@@ -49,6 +52,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
         Command::Retrofit(args) => retrofit::run(&args),
+        Command::TrainDemo(args) => train_demo::run(&args),
         #[cfg(feature = "cuda")]
         Command::Bench(args) => bench::run(&args, &registry),
     };

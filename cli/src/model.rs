@@ -54,7 +54,7 @@ impl fmt::Display for Place {
 }
 
 impl Place {
-    fn device(self) -> Result<Device> {
+    pub(crate) fn device(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
             #[cfg(feature = "cuda")]
@@ -108,25 +108,25 @@ pub(crate) struct ModelArgs {
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<Hosted> {
-        let mut options = LoadOptions { dequantize: self.dequantize, ..LoadOptions::on(self.device.device()?) };
-        if let Some(dtype) = self.dtype {
-            options.dtype = dtype.dtype();
-        }
-        let lm = match &self.model {
-            Some(model) => Lm::load(model, &options)?,
-            None => Lm::embedded(&options)?,
-        };
         let kv_dtype = self.kv_dtype.map(Float::dtype);
-        Ok(Hosted { lm, options: SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None } })
+        let options = SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None };
+        Ok(Hosted { lm: self.lm(self.dequantize)?, options })
     }
 
     /// With dense weights, as training needs them.
     pub(crate) fn load_dense(&self) -> Result<Lm> {
-        let mut options = LoadOptions { dequantize: true, ..LoadOptions::on(self.device.device()?) };
+        self.lm(true)
+    }
+
+    fn lm(&self, dequantize: bool) -> Result<Lm> {
+        let mut options = LoadOptions { dequantize, ..LoadOptions::on(self.device.device()?) };
         if let Some(dtype) = self.dtype {
             options.dtype = dtype.dtype();
         }
-        Ok(Lm::load(&self.model, &options)?)
+        Ok(match &self.model {
+            Some(model) => Lm::load(model, &options)?,
+            None => Lm::embedded(&options)?,
+        })
     }
 
     /// Sessions of up to this many tokens, or as many as the model was made for if that is less and more are not allowed.

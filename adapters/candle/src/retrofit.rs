@@ -5,6 +5,7 @@
 //! (KL divergence); see [`kvpolicy::retrofit`] for the parts that depend on no model. [`run`] is the whole training,
 //! [`Trainee`] one step of it.
 
+mod demo;
 mod evaluate;
 mod heads;
 mod pass;
@@ -15,9 +16,10 @@ mod text;
 mod trainee;
 mod weights;
 
+pub use demo::{CONFIG as DEMO_CONFIG, DemoConfig, Problems, save_demo, train_demo};
 pub use evaluate::{Evaluation, Judged};
 pub use run::{Observer, RunConfig, StepRecord, finish, run};
-pub use save::{Checkpoint, save_gates};
+pub use save::{Checkpoint, dms_fields, save_gates};
 pub use scratch::next_token_gradients;
 pub use text::{Corpus, Mixture, Sequence, Source};
 pub use trainee::{Batch, Divergence, Losses, Objective, Trainee};

@@ -21,11 +21,25 @@ const SETTINGS: &str = "kvpolicy.settings";
 /// # Errors
 /// [`Error::File`] naming the file that cannot be written.
 pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<String, Value>) -> Result<PathBuf> {
+    create(dir)?;
+    let rounded = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::BF16)?));
+    let tensors = params.iter().map(rounded).collect::<Result<Named>>()?;
+    let path = dir.join("gates.safetensors");
+    write(&path, &tensors, None)?;
+    let mut config = dms_fields(trainee);
+    config.extend(about);
+    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(dir, e))?;
+    replace(&dir.join("config.json"), |temporary| fs::write(temporary, text + "\n"))?;
+    Ok(path)
+}
+
+/// The `dms_*` fields of a configuration, NVIDIA's names.
+pub fn dms_fields(trainee: &Trainee) -> Map<String, Value> {
     let per = match trainee.gates.per {
         PerGate::Head => "head",
         PerGate::Layer => "layer",
     };
-    let mut config = json!({
+    let fields = json!({
         "dms_window_size": trainee.gates.window,
         "dms_alpha_scale": trainee.scale,
         "dms_initial_alpha_offset": trainee.offset,
@@ -33,17 +47,19 @@ pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<Stri
         "dms_separate_alpha": true,
         "dms_disable_eviction": false,
     });
-    if let Value::Object(fields) = &mut config {
-        fields.extend(about);
+    match fields {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
     }
+}
+
+/// Writes a model folder: bf16 tensors by their Hugging Face names, `config.json` and `tokenizer.json`.
+pub(super) fn write_model(dir: &Path, tensors: &Named, config: &str, tokenizer: &str) -> Result<()> {
     create(dir)?;
     let rounded = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::BF16)?));
-    let tensors = params.iter().map(rounded).collect::<Result<Named>>()?;
-    let path = dir.join("gates.safetensors");
-    write(&path, &tensors, None)?;
-    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(dir, e))?;
-    replace(&dir.join("config.json"), |temporary| fs::write(temporary, text + "\n"))?;
-    Ok(path)
+    write(&dir.join("model.safetensors"), &tensors.iter().map(rounded).collect::<Result<Named>>()?, None)?;
+    replace(&dir.join("config.json"), |temporary| fs::write(temporary, config))?;
+    replace(&dir.join("tokenizer.json"), |temporary| fs::write(temporary, tokenizer))
 }
 
 /// The whole state of a training.
