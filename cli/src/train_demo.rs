@@ -6,9 +6,12 @@ use kvpolicy::{
     PerGate,
     retrofit::{AdamWConfig, Rate, Schedule},
 };
-use kvpolicy_candle::retrofit::{
-    DEMO_CONFIG, DemoConfig, Divergence, Judged, Observer, Problems, RunConfig, Source, StepRecord, Trainee,
-    dms_fields, run as train_gates, save_demo, train_demo,
+use kvpolicy_candle::{
+    LoadOptions, Model,
+    retrofit::{
+        DEMO_CONFIG, DemoConfig, Divergence, Judged, Observer, Problems, RunConfig, Source, StepRecord, Trainee,
+        dms_fields, run as train_gates, save_demo, train_demo,
+    },
 };
 use serde_json::{Map, Value};
 use std::path::PathBuf;
@@ -19,10 +22,10 @@ pub(crate) struct Args {
     #[arg(long, default_value = "cpu")]
     device: Place,
     /// Steps of the weights.
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 7000)]
     steps: u64,
     /// Learning rate of the weights.
-    #[arg(long, default_value_t = 2e-3)]
+    #[arg(long, default_value_t = 1.5e-3)]
     rate: f64,
     /// Tokens of a step.
     #[arg(long, default_value_t = 65536)]
@@ -31,7 +34,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1024)]
     context: usize,
     /// Steps of the gates.
-    #[arg(long, default_value_t = 1500)]
+    #[arg(long, default_value_t = 1000)]
     gate_steps: u64,
     /// Learning rate of the gates.
     #[arg(long, default_value_t = 1e-3)]
@@ -45,6 +48,9 @@ pub(crate) struct Args {
     /// Chooses weights, problems and noise.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Train gates only, for the weights of this folder.
+    #[arg(long)]
+    from: Option<PathBuf>,
     /// The folder of the model.
     #[arg(long)]
     out: PathBuf,
@@ -52,17 +58,14 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let device = args.device.device()?;
-    let config = DemoConfig {
-        rate: Rate { peak: args.rate, warmup: 200.min(args.steps), steps: args.steps },
-        batch_tokens: args.batch_tokens,
-        context: args.context,
-        seed: args.seed,
+    let model = match &args.from {
+        Some(dir) => Model::from_dir(dir, &LoadOptions::on(device.clone()))?.0,
+        None => train_demo(&args.weights(), &device, &args.out, &mut Lines("weights"))?,
     };
-    let model = train_demo(&config, &device, &args.out, &mut Lines("weights"))?;
 
     let gates = args.gates();
     let trainee = Trainee::new(&model, gates.gates(), gates.scale, gates.offset);
-    let problems = Problems { others: 0.5, seed: args.seed + 1 };
+    let problems = Problems { others: 1.0, seed: args.seed + 1 };
     let params = train_gates(&trainee, &problems, &gates, &args.out.join("gates"), false, &mut Lines("gates"))?;
     let held_out = [Problems { seed: args.seed + 2, ..problems }.batch(0..32, args.context, &device)?];
     let found = trainee.evaluate(&held_out, Judged::Gates(&params))?;
@@ -76,6 +79,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 impl Args {
+    fn weights(&self) -> DemoConfig {
+        DemoConfig {
+            rate: Rate { peak: self.rate, warmup: 200.min(self.steps), steps: self.steps },
+            batch_tokens: self.batch_tokens,
+            context: self.context,
+            seed: self.seed,
+        }
+    }
+
     fn gates(&self) -> RunConfig {
         let anneal = (self.gate_steps * 2 / 3).max(1);
         let sequences = (self.batch_tokens / self.context.max(1)).max(1);
@@ -102,7 +114,7 @@ struct Lines(&'static str);
 
 impl Observer for Lines {
     fn step(&mut self, record: &StepRecord) -> kvpolicy_candle::Result<()> {
-        if record.step % 100 == 0 {
+        if record.step % 50 == 0 {
             eprintln!(
                 "{} step {}: loss {:.4}, compression {:.2}x of {:.2}x, gradient {:.3}, {:.0} tokens/s",
                 self.0,

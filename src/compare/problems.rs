@@ -47,8 +47,8 @@ impl Problem {
 /// Simple sentences with 4 to 10 facts among them, and 2 to 4 questions about these:
 ///
 /// ```text
-/// ... the code of amber is 4821. a boat waits near the mill. ...
-/// the code of amber?
+/// ... note amber: 4821. a boat waits near the mill. ...
+/// note amber:
 /// ```
 ///
 /// with the answer ` 4821` and a newline. The whole has at most `bytes` bytes and little less; below 500 there are fewer
@@ -75,8 +75,8 @@ pub fn recall(rng: &mut StdRng, bytes: usize) -> Problem {
 /// ka-mo lu-re mo-lu ...
 ///
 /// from ka, 21 steps.
-/// 1. from ka the road leads to mo
-/// 2. from mo the road leads to lu
+/// 1. ka-mo and then along the road
+/// 2. mo-lu and then along the road
 /// ...
 /// = xy
 /// ```
@@ -93,15 +93,18 @@ pub fn chain(rng: &mut StdRng, bytes: usize) -> Problem {
         places.iter().zip(places.iter().cycle().skip(1)).map(|(from, to)| format!("{from}-{to}")).collect();
     roads.shuffle(rng);
     let question = format!("\nfrom {}, {steps} steps.\n", places[0]);
-    let walk = (1..=steps).map(|i| format!("{i}. from {} the road leads to {}\n", places[i - 1], places[i]));
+    let walk = (1..=steps).map(|i| format!("{i}. {}-{}{STEP}\n", places[i - 1], places[i]));
     let answer = walk.collect::<String>() + &format!("= {}\n", places[steps]);
     Problem { context: roads.join(" ") + "\n", turns: vec![Turn { question, answer }] }
 }
 
+/// What each step of a walk ends with: words, so that the map is soon far away.
+const STEP: &str = " and then along the road";
+
 /// Bytes of a chain of this many steps among so many places.
 fn chain_bytes(steps: usize, places: usize) -> usize {
     let digits = |n: usize| n.to_string().len();
-    let lines: usize = (1..=steps).map(|i| digits(i) + ". from ka the road leads to mo\n".len()).sum();
+    let lines: usize = (1..=steps).map(|i| digits(i) + ". ka-mo\n".len() + STEP.len()).sum();
     places * "ka-mo ".len() + "\nfrom ka,  steps.\n".len() + digits(steps) + lines + "= mo\n".len()
 }
 
@@ -131,11 +134,11 @@ struct Fact {
 
 impl Fact {
     fn statement(&self) -> String {
-        format!("the code of {} is {}.", self.subject, self.value)
+        format!("note {}: {}.", self.subject, self.value)
     }
 
     fn turn(&self) -> Turn {
-        Turn { question: format!("\nthe code of {}?", self.subject), answer: format!(" {}\n", self.value) }
+        Turn { question: format!("\nnote {}:", self.subject), answer: format!(" {}\n", self.value) }
     }
 }
 
@@ -257,13 +260,13 @@ mod tests {
         for (bytes, problem) in many(recall) {
             assert_shape(bytes, &problem);
             let sentences = problem.context.split_terminator('.').map(str::trim);
-            let facts = sentences.filter_map(|s| s.strip_prefix("the code of ")?.split_once(" is "));
+            let facts = sentences.filter_map(|s| s.strip_prefix("note ")?.split_once(": "));
             let facts: Vec<(&str, &str)> = facts.collect();
             let known: HashMap<&str, &str> = facts.iter().copied().collect();
             assert_eq!(known.len(), facts.len(), "a subject twice");
             let mut asked = HashSet::new();
             for Turn { question, answer } in &problem.turns {
-                let subject = question.strip_prefix("\nthe code of ").unwrap().strip_suffix('?').unwrap();
+                let subject = question.strip_prefix("\nnote ").unwrap().strip_suffix(':').unwrap();
                 assert_eq!(answer, &format!(" {}\n", known[subject]));
                 assert!(answer.len() == 6 && asked.insert(subject));
             }
@@ -287,7 +290,7 @@ mod tests {
             let steps: usize = steps.strip_suffix(" steps.").unwrap().parse().unwrap();
             let (mut at, mut expected) = (start, String::new());
             for i in 1..=steps {
-                expected += &format!("{i}. from {at} the road leads to {}\n", map[at]);
+                expected += &format!("{i}. {at}-{} and then along the road\n", map[at]);
                 at = map[at];
             }
             assert_eq!(*answer, expected + &format!("= {at}\n"));
@@ -311,6 +314,6 @@ mod tests {
         let lists = [NOUNS, VERBS, ADJECTIVES, PREPOSITIONS, ADVERBS, TIMES];
         assert!(lists.iter().flat_map(|list| list.iter()).all(|word| !SUBJECTS.contains(word)));
         let longest = SUBJECTS.iter().map(|subject| subject.len()).max().unwrap();
-        assert!(2 * longest + "the code of  is 0000. \nthe code of ? 0000\n".len() <= FACT_ROOM);
+        assert!(2 * longest + "note : 0000. \nnote : 0000\n".len() <= FACT_ROOM);
     }
 }

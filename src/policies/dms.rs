@@ -11,7 +11,7 @@ crate::policy_params! {
     /// (delayed eviction). The decision logits come from the model: an adapter or a borrowed query neuron.
     /// Parameters left at `auto` are those the gates were trained with.
     pub struct Dms = "dms", paper "arXiv 2506.05345" {
-        /// A file of gates; `auto` takes those of the checkpoint.
+        /// A file of gates, or the name of gates that the host brings; `auto` takes those of the checkpoint.
         weights: Auto<FilePath> = Auto(None), in ..;
         /// A marked entry stays visible while `query - key <= window`.
         window: Auto<u32> = Auto(None), in AutoOr(0..=1 << 30);

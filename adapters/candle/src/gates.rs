@@ -69,7 +69,17 @@ impl Gates {
         } else {
             (Folder::Disk(path.parent().unwrap_or(Path::new("."))), vec![Blob::Disk(path.to_path_buf())])
         };
-        let mut weights = Weights::from_files(&files, dtype, device)?;
+        let weights = Weights::from_files(&files, dtype, device)?;
+        Self::described(folder, path, weights, config)
+    }
+
+    /// Those of a folder that may be inside the program.
+    pub(crate) fn of_folder(folder: Folder, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
+        let weights = Weights::from_files(&folder.weights()?, dtype, device)?;
+        Self::described(folder, &folder.path(""), weights, config)
+    }
+
+    fn described(folder: Folder, path: &Path, mut weights: Weights, config: &Config) -> Result<Self> {
         let layout = Layout::of(folder)?.ok_or_else(|| {
             Error::file(path, "no description of gates beside it: config.json with dms_* fields, or dms_metadata.json")
         })?;

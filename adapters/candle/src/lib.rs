@@ -62,6 +62,7 @@ pub mod ops;
 mod presets;
 pub mod retrofit;
 mod session;
+mod shipped;
 mod subject;
 mod tokenizer;
 mod weights;

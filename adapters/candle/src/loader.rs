@@ -9,6 +9,7 @@ use crate::{
     gates::Gates,
     model::Model,
     session::{Session, SessionOptions},
+    shipped,
     tokenizer::Tokenizer,
     weights::{GgufFile, Weights},
 };
@@ -189,7 +190,8 @@ impl Lm {
         Ok(self.sha256.get_or_init(|| text).clone())
     }
 
-    /// The gates a policy asks for: a file's, else the checkpoint's own.
+    /// The gates a policy asks for: a file's or those of a name that the program brings; else the checkpoint's own, or the
+    /// first that the program brings for it.
     ///
     /// # Errors
     /// [`Error::File`] if the file cannot be used with this model.
@@ -199,11 +201,25 @@ impl Lm {
                 Err(Error::Model("the checkpoint was trained with borrowed neurons: it takes no other gates".into()))
             }
             Some(GateSource::File(path)) => {
-                let gates = Gates::load(&path, self.model.config(), self.dtype, &self.device)?;
+                let gates = match path.to_str().filter(|name| shipped::is_known(name) && !path.exists()) {
+                    Some(name) => self.shipped(Some(name))?.ok_or_else(|| {
+                        Error::Model(format!(
+                            "the gates `{name}` are of another model: this one's weights have another hash"
+                        ))
+                    })?,
+                    None => Gates::load(&path, self.model.config(), self.dtype, &self.device)?,
+                };
                 Ok(Some(Arc::new(gates)))
             }
+            Some(GateSource::Checkpoint) if self.gates.is_none() => Ok(self.shipped(None)?.map(Arc::new)),
             Some(GateSource::Checkpoint) | None => Ok(self.gates.clone()),
         }
+    }
+
+    /// Gates that the program brings for this model.
+    fn shipped(&self, name: Option<&str>) -> Result<Option<Gates>> {
+        let found = shipped::find(&self.sha256()?, name);
+        found.map(|gates| Gates::of_folder(gates.folder, self.model.config(), self.dtype, &self.device)).transpose()
     }
 
     /// One sequence under a policy; its entries are where the model is. A GPU is best taken from

@@ -19,7 +19,7 @@ use kvpolicy::{
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
-use std::{path::Path, time::Instant};
+use std::{collections::HashSet, path::Path, time::Instant};
 
 /// Its shape, as `config.json` has it.
 pub const CONFIG: &str = r#"{
@@ -47,7 +47,8 @@ const END: u32 = 256;
 /// Problems, a half of each kind, as long as the sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct Problems {
-    /// Weight of what is no answer; answers have 1.
+    /// Weight of all that is no answer together. What must be looked up to answer has 1 together, whatever the problem: a
+    /// walk repeats the same words in every line, and they would drown the few that matter.
     pub others: f32,
     /// Chooses problems.
     pub seed: u64,
@@ -74,23 +75,38 @@ impl Source for Problems {
 
 /// A problem with its answers and the end, padded. A position has the weight of what follows it.
 fn laid_out(problem: &Problem, others: f32, length: usize) -> Sequence {
-    let mut tokens: Vec<u32> = vec![];
-    let mut weights: Vec<f32> = vec![];
-    let mut add = |text: &str, weight: f32| {
-        tokens.extend(text.bytes().map(u32::from));
-        weights.resize(tokens.len(), weight);
-    };
-    add(&problem.context, others);
+    let mut tokens: Vec<u32> = problem.text().bytes().map(u32::from).collect();
+    let mut wanted = vec![];
+    let mut at = problem.context.len();
     for turn in &problem.turns {
-        add(&turn.question, others);
-        add(&turn.answer, 1.0);
+        at += turn.question.len();
+        wanted.extend(looked_up(&turn.answer, &problem.context).map(|i| at + i));
+        at += turn.answer.len();
     }
     tokens.push(END);
-    weights.push(1.0);
+    let mut weights = vec![others / tokens.len() as f32; tokens.len()];
+    for &i in &wanted {
+        weights[i] = 1.0 / wanted.len() as f32;
+    }
     tokens.resize(length, END);
     weights.resize(length, 0.0);
     weights.rotate_left(1);
     Sequence { tokens, weights }
+}
+
+/// The bytes of an answer that belong to words of the context.
+fn looked_up(answer: &str, context: &str) -> impl Iterator<Item = usize> {
+    let is_word = |c: char| c.is_ascii_alphanumeric();
+    let known: HashSet<&str> = context.split(|c| !is_word(c)).collect();
+    let mut bytes = vec![];
+    let mut at = 0;
+    for word in answer.split(|c| !is_word(c)) {
+        if !word.is_empty() && known.contains(word) {
+            bytes.extend(at..at + word.len());
+        }
+        at += word.len() + 1;
+    }
+    bytes.into_iter()
 }
 
 /// How the weights are trained.
@@ -110,7 +126,7 @@ impl DemoConfig {
     /// Short problems come first: what they teach is found sooner, and goes on to hold for long ones.
     fn length(&self, step: u64) -> usize {
         match step as f64 / self.rate.steps as f64 {
-            done if done < 0.1 => self.context / 8 + 32,
+            done if done < 0.15 => self.context / 8 + 32,
             done if done < 0.3 => self.context / 4,
             _ if step.is_multiple_of(4) => self.context / 2,
             _ => self.context,

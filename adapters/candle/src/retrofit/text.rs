@@ -10,6 +10,7 @@ use crate::{
 use candle_core::{Device, Tensor};
 use kvpolicy::retrofit::facts::{Fact, Kind};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
+use rayon::prelude::*;
 use serde_json::{Value, json};
 use std::{collections::HashSet, ops::Range};
 
@@ -328,18 +329,18 @@ fn ends_something(tokenizer: &Tokenizer, id: u32) -> bool {
     text.ends_with(['.', '\n', '!', '?'])
 }
 
-/// A long text is encoded in pieces that end with a line: tokenizers slow down with length.
+/// A long text is encoded in pieces that end with a line, on all cores: tokenizers slow down with length.
 fn encode_long(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     const PIECE: usize = 1 << 16;
-    let (mut tokens, mut rest) = (vec![], text);
+    let (mut pieces, mut rest) = (vec![], text);
     while !rest.is_empty() {
-        let mut cut = PIECE.min(rest.len());
-        while !rest.is_char_boundary(cut) {
-            cut += 1;
-        }
-        let cut = rest[cut..].find('\n').map_or(rest.len(), |after| cut + after + 1);
-        tokens.extend(tokenizer.encode_within(&rest[..cut])?);
-        rest = &rest[cut..];
+        let least = (PIECE..).find(|&at| at >= rest.len() || rest.is_char_boundary(at)).unwrap_or(rest.len());
+        let cut = rest.get(least..).and_then(|after| after.find('\n')).map_or(rest.len(), |at| least + at + 1);
+        let (piece, after) = rest.split_at(cut);
+        pieces.push(piece);
+        rest = after;
     }
-    Ok(tokens)
+    let encoded: Vec<Vec<u32>> =
+        pieces.into_par_iter().map(|piece| tokenizer.encode_within(piece)).collect::<Result<_>>()?;
+    Ok(encoded.concat())
 }
