@@ -260,10 +260,10 @@ mod tests {
 
     /// The byte that goes on with the answer to the last question.
     fn right(text: &str) -> Option<u8> {
-        let (context, asked) = text.split_once("\nfrom ").or_else(|| text.split_once("\nnote "))?;
-        let answer_and_said = match asked.rsplit("\nnote ").next()?.split_once(':') {
+        let (context, asked) = text.split_once("\nfrom ").or_else(|| text.split_once("\nthe code of "))?;
+        let answer_and_said = match asked.rsplit("\nthe code of ").next()?.split_once('?') {
             Some((subject, said)) => {
-                let value = context.split_once(&format!("note {subject}: "))?.1.get(..4)?;
+                let value = context.split_once(&format!("the code of {subject} is "))?.1.get(..4)?;
                 (format!(" {value}\n"), said)
             }
             None => {
@@ -321,7 +321,7 @@ mod tests {
         assert!(samples.iter().all(|s| s.prompt.len() < s.context && s.correct == Some(true)));
         // The second question follows the first answer.
         let turns = samples.iter().filter(|s| s.task == "recall" && s.prompt.matches('?').count() == 2);
-        assert!(turns.clone().count() > 0 && turns.clone().all(|s| s.prompt.contains("\n\nnote ")));
+        assert!(turns.clone().count() > 0 && turns.clone().all(|s| s.prompt.contains("\n\nthe code of ")));
         assert!(*oracle.most.borrow() <= 1100);
     }
 

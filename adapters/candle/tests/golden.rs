@@ -5,8 +5,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use candle_core::{DType, Tensor};
+use kvpolicy::retrofit::Named;
 use kvpolicy::*;
-use kvpolicy_candle::{Gates, LoadOptions, Model};
+use kvpolicy_candle::{
+    Gates, LoadOptions, Model,
+    retrofit::{Batch, Divergence, Objective, Trainee},
+};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::{
     collections::HashMap,
@@ -34,6 +38,7 @@ fn main() {
         Trial::test(name.clone(), move || {
             let line = Case::read(&path).check()?;
             println!("{name}: {line}");
+            println!("{name}: {}", Training::read(&path).check()?);
             Ok(())
         })
     });
@@ -207,6 +212,97 @@ impl Case {
             (Ok(_), false) => Err("a borrowed neuron was not set to zero".into()),
             (Err(_), false) => Ok(0.0),
         }
+    }
+}
+
+/// The training part of a case: a batch with its noise, and the reference's losses and gradients.
+struct Training {
+    model: Model,
+    spec: Option<GateSpec>,
+    config: serde_json::Value,
+    case: serde_json::Value,
+    tensors: HashMap<String, Tensor>,
+    params: Named,
+}
+
+impl Training {
+    fn read(dir: &Path) -> Self {
+        let json = |name: &str| serde_json::from_str(&std::fs::read_to_string(dir.join(name)).unwrap()).unwrap();
+        let load = |name: &str| candle_core::safetensors::load(dir.join(name), &candle_core::Device::Cpu).unwrap();
+        let (model, gates) = Model::from_dir(dir, &LoadOptions::default()).unwrap();
+        let params =
+            load("model.safetensors").into_iter().filter(|(name, _)| name.contains("dms_proj_alpha")).collect();
+        let spec = gates.map(|gates| gates.spec());
+        Self {
+            model,
+            spec,
+            config: json("config.json"),
+            case: json("case.json"),
+            tensors: load("expected.safetensors"),
+            params,
+        }
+    }
+
+    fn check(&self) -> Check {
+        let has_adapters = self.config["dms_separate_alpha"] == true && self.config["attention_bias"] != true;
+        let Some(noise) = self.tensors.get("train.noise") else { return Ok("no training".into()) };
+        if !has_adapters {
+            return Ok("training of borrowed neurons is not checked: they are not trained here".into());
+        }
+        let number = |name: &str| self.config[name].as_f64().unwrap();
+        let trainee = Trainee::new(
+            &self.model,
+            self.spec.unwrap(),
+            number("dms_alpha_scale"),
+            number("dms_initial_alpha_offset"),
+        );
+        let objective = Objective {
+            tau: number("dms_tau"),
+            evicted: self.case["train"]["target_frac"].as_f64().unwrap(),
+            compression: 1.0,
+            divergence: Divergence::Student,
+        };
+        // [layers, sequences, heads, length] to tokens in front of heads.
+        let of_layer = |layer: usize| {
+            let own = noise.get(layer)?.transpose(1, 2)?.contiguous()?;
+            Ok(own.flatten(0, 1)?)
+        };
+        let (gradients, losses) = trainee.gradients(&self.params, &self.batch(), &objective, of_layer).unwrap();
+        let mut worst = 0f32;
+        for (name, got) in [("distil_loss", &losses.divergence), ("dms_loss", &losses.compression)] {
+            let expected = self.tensors[&format!("train.{name}")].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+            let got = got.to_scalar::<f32>().unwrap();
+            if (got - expected).abs() > 1e-4 {
+                return Err(format!("{name} is {got}, expected {expected}").into());
+            }
+        }
+        for (name, got) in &gradients {
+            let Some(expected) = self.tensors.get(&format!("train.grad.{name}")) else { continue };
+            let largest =
+                |x: &Tensor| x.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            let error = largest(&(got - expected).unwrap()) / largest(expected);
+            if error.is_nan() || error > 1e-3 {
+                return Err(format!("the gradient of {name} is off by {error} of its largest number").into());
+            }
+            worst = worst.max(error);
+        }
+        Ok(format!("training within {worst:.1e} of the largest gradients"))
+    }
+
+    /// What is not padding and no end of a text counts, all alike.
+    fn batch(&self) -> Batch {
+        let ids: Vec<Vec<u32>> = self.tensors["train.input_ids"].to_dtype(DType::U32).unwrap().to_vec2().unwrap();
+        let mask = self.tensors["train.attention_mask"].to_dtype(DType::F32).unwrap();
+        let mask: Vec<f32> = mask.flatten_all().unwrap().to_vec1().unwrap();
+        let end = self.case["train"]["eos_token_id"].as_u64().unwrap() as u32;
+        let (sequences, length) = (ids.len(), ids[0].len());
+        let tokens = ids.concat();
+        let counts: Vec<f32> = tokens.iter().zip(mask).map(|(&id, mask)| if id == end { 0.0 } else { mask }).collect();
+        let sum: f32 = counts.iter().sum();
+        let weights: Vec<f32> = counts.iter().map(|count| count / sum).collect();
+        let device = &candle_core::Device::Cpu;
+        let (tokens, weights) = (Tensor::new(tokens, device).unwrap(), Tensor::new(weights, device).unwrap());
+        Batch { tokens, weights, sequences, length }
     }
 }
 

@@ -128,8 +128,13 @@ impl DemoConfig {
         match step as f64 / self.rate.steps as f64 {
             done if done < 0.15 => self.context / 8 + 32,
             done if done < 0.3 => self.context / 4,
-            _ if step.is_multiple_of(4) => self.context / 2,
-            _ => self.context,
+            // Short ones go on, or they are forgotten.
+            _ => match step % 8 {
+                0 => self.context / 8 + 32,
+                1 => self.context / 4,
+                2 | 3 => self.context / 2,
+                _ => self.context,
+            },
         }
     }
 }
