@@ -339,7 +339,7 @@ impl Observer for Bar {
             record.divergence, record.compression, record.target, record.soft
         );
         self.bar.set_message(message.clone());
-        if self.bar.is_hidden() && (record.step.is_power_of_two() || record.step % 50 == 0) {
+        if self.bar.is_hidden() && (record.step.is_power_of_two() || record.step.is_multiple_of(50)) {
             eprintln!("step {}: {message}, gradient {:.3}", record.step, record.gradient);
         }
         let write = |log: &mut BufWriter<File>| -> std::io::Result<()> {

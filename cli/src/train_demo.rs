@@ -114,7 +114,7 @@ struct Lines(&'static str);
 
 impl Observer for Lines {
     fn step(&mut self, record: &StepRecord) -> kvpolicy_candle::Result<()> {
-        if record.step % 50 == 0 {
+        if record.step.is_multiple_of(50) {
             eprintln!(
                 "{} step {}: loss {:.4}, compression {:.2}x of {:.2}x, gradient {:.3}, {:.0} tokens/s",
                 self.0,

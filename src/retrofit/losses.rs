@@ -18,7 +18,7 @@ use rayon::prelude::*;
 ///
 /// # Errors
 /// [`Error::Shape`] for tensors that do not fit each other, [`Error::Config`] for types or devices that do not;
-/// [`Error::Candle`] and [`Error::Cuda`] if there is no memory.
+/// [`Error::Candle`] and `Error::Cuda` if there is no memory.
 pub fn distil(student: Tensor, teacher: &Tensor, weights: &Tensor) -> Result<(Tensor, Tensor)> {
     divergence(&student, teacher, weights, Direction::FromStudent)
 }
