@@ -7,24 +7,13 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::{
-    DECODE, LAST, LayerData, MORE, Move, Rng, Stream, Work, complete, gather, life,
+    DECODE, LAST, LayerData, MORE, Move, Rng, Stream, Work, complete, gather, gpu, life,
     play::{Play, store},
     policies::EVERY_POLICY,
     policy, weave,
 };
-use kvpolicy::{CudaConfig, Error, KvCache, ModelSpec, Phase, Policy, SeqId, cuda, cuda_device};
+use kvpolicy::{CudaConfig, Error, KvCache, ModelSpec, Phase, Policy, SeqId, cuda};
 use std::sync::Arc;
-
-/// A GPU, or none: the test says so.
-fn gpu() -> Option<Device> {
-    match cuda_device(0) {
-        Ok(device) => Some(device),
-        Err(error) => {
-            println!("skipped: no GPU ({})", error.to_string().lines().next().unwrap_or_default());
-            None
-        }
-    }
-}
 
 fn config(page_size: usize, dtype: DType) -> CudaConfig {
     CudaConfig { page_size, limit_bytes: Some(64 << 20), dtype, max_sequences: 8, max_entries: 1 << 14 }

@@ -1,30 +1,19 @@
 //! The losses on a GPU against those on the CPU, which are their specification. Without a GPU every test says so and
 //! passes.
 #![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
 
 use candle_core::{DType, Device, Tensor};
-use kvpolicy::{
-    cuda_device,
-    retrofit::losses::{cross_entropy, distil, distil_teacher},
-};
+use common::gpu;
+use kvpolicy::retrofit::losses::{cross_entropy, distil, distil_teacher};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 type Loss = fn(Tensor, &Tensor, &Tensor) -> kvpolicy::Result<(Tensor, Tensor)>;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 const DISTIL: [(&str, Loss); 2] = [("student", distil), ("teacher", distil_teacher)];
-
-/// A GPU, or none: the test says so.
-fn gpu() -> Option<Device> {
-    match cuda_device(0) {
-        Ok(device) => Some(device),
-        Err(error) => {
-            println!("skipped: no GPU ({})", error.to_string().lines().next().unwrap_or_default());
-            None
-        }
-    }
-}
 
 /// Random numbers in [-scale, scale) as a type rounds them.
 fn random(rng: &mut StdRng, dims: &[usize], scale: f32, dtype: DType) -> Tensor {

@@ -6,22 +6,11 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use common::Rng;
+use common::{Rng, gpu};
 use kvpolicy::{
-    Error, cuda_device,
+    Error,
     retrofit::{SoftAttention, SoftGrads},
 };
-
-/// A GPU, or none: the test says so.
-fn gpu() -> Option<Device> {
-    match cuda_device(0) {
-        Ok(device) => Some(device),
-        Err(error) => {
-            println!("skipped: no GPU ({})", error.to_string().lines().next().unwrap_or_default());
-            None
-        }
-    }
-}
 
 struct Inputs {
     attention: SoftAttention,

@@ -195,3 +195,15 @@ pub(crate) fn assert_close(got: &[f32], want: &[f64], tolerance: f64, what: &str
     let off = worst(got, want);
     assert!(off <= tolerance, "{what}: off by {off:e}, more than {tolerance:e}"); // false for NaN, too
 }
+
+/// A GPU, or none: the test says so.
+#[cfg(feature = "cuda")]
+pub(crate) fn gpu() -> Option<candle_core::Device> {
+    match kvpolicy::cuda_device(0) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            println!("skipped: no GPU ({})", error.to_string().lines().next().unwrap_or_default());
+            None
+        }
+    }
+}
