@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use std::{
     fs::{File, OpenOptions},
     io::{BufWriter, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -101,8 +101,8 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = Mixture::default().answers)]
     answer_weight: f32,
     /// Held-out sequences to judge on.
-    #[arg(long, default_value_t = 16)]
-    judged: usize,
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
+    judged: u64,
     /// Steps from one checkpoint to the next.
     #[arg(long, default_value_t = 100)]
     save_every: u64,
@@ -122,12 +122,13 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let config = args.config();
-    config.schedule.check()?;
+    config.check()?;
     let (documents, held_out) = args.documents()?;
     let lm = args.model.load_dense()?;
     let mixture = Mixture { facts: args.facts, conversations: args.conversations, answers: args.answer_weight };
     let mut corpus = Corpus::new(&lm, &documents, mixture, args.seed)?;
     corpus.add_conversations(&args.talks()?)?;
+    corpus.check(args.context)?;
     let plain = Mixture { facts: 0.0, conversations: 0.0, answers: 1.0 };
     let judged = Corpus::new(&lm, &held_out, plain, args.seed)?;
     judged.check(args.context).context("held-out text")?;
@@ -144,7 +145,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut progress = Bar::new(args, &config)?;
     let params = train(&trainee, &corpus, &config, &args.out, args.resume, &mut progress)?;
     progress.finish()?;
-    let batches = args.batches(&judged, &config, &lm)?;
+    let batches = judged.batches(0..args.judged, config.at_a_time, args.context, lm.model().device())?;
     let evaluation = finish(&trainee, &params, &batches, &args.out, about(&lm, args)?)?;
     report(&trainee, &evaluation, &batches)?;
     eprintln!("gates: dms:weights={}", args.out.join("gates.safetensors").display());
@@ -215,13 +216,6 @@ impl Args {
         }
         Ok(all)
     }
-
-    /// Held-out sequences, spread evenly, in portions.
-    fn batches(&self, judged: &Corpus, config: &RunConfig, lm: &Lm) -> Result<Vec<Batch>> {
-        let (all, step) = (self.judged as u64, config.at_a_time as u64);
-        let portion = |start: u64| judged.batch(start..(start + step).min(all), self.context, lm.model().device());
-        Ok((0..all).step_by(config.at_a_time).map(portion).collect::<kvpolicy_candle::Result<_>>()?)
-    }
 }
 
 fn boundary(text: &str, at: usize) -> usize {
@@ -249,19 +243,16 @@ fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 /// What is to be known of gates beside their numbers.
 fn about(lm: &Lm, args: &Args) -> Result<Map<String, Value>> {
     let command: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
-    let fields = json!({
-        "kvpolicy_model": lm.name(),
-        "kvpolicy_model_sha256": lm.sha256()?,
-        "kvpolicy_target_cr": args.target_cr,
-        "kvpolicy_context": args.context,
-        "kvpolicy_version": env!("CARGO_PKG_VERSION"),
-        "kvpolicy_command": command,
-        "dms_tau": args.tau,
-    });
-    match fields {
-        Value::Object(fields) => Ok(fields),
-        _ => Ok(Map::new()),
-    }
+    let fields = [
+        ("kvpolicy_model", json!(lm.name())),
+        ("kvpolicy_model_sha256", json!(lm.sha256()?)),
+        ("kvpolicy_target_cr", json!(args.target_cr)),
+        ("kvpolicy_context", json!(args.context)),
+        ("kvpolicy_version", json!(env!("CARGO_PKG_VERSION"))),
+        ("kvpolicy_command", json!(command)),
+        ("dms_tau", json!(args.tau)),
+    ];
+    Ok(fields.map(|(name, value)| (name.to_string(), value)).into_iter().collect())
 }
 
 fn report(trainee: &Trainee, gates: &Evaluation, batches: &[Batch]) -> Result<()> {
@@ -275,14 +266,13 @@ fn report(trainee: &Trainee, gates: &Evaluation, batches: &[Batch]) -> Result<()
     println!("| | compression | KL nats/token | perplexity | last quarter: KL | perplexity |");
     println!("|---|--:|--:|--:|--:|--:|");
     for (name, e) in [("gates", gates), ("window", &window)] {
-        let tail = (e.tail_nll - e.tail_dense_nll).exp() - 1.0;
         println!(
             "| {name} | {:.2}x | {:.4} | {:+.2}% | {:.4} | {:+.2}% |",
             e.compression,
             e.kl,
             e.perplexity_change() * 100.0,
             e.tail_kl,
-            tail * 100.0
+            e.tail_perplexity_change() * 100.0
         );
     }
     for (layer, live) in gates.live.iter().enumerate() {
@@ -305,12 +295,13 @@ impl Bar {
         std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
         let path = args.out.join("train.jsonl");
         let done = if args.resume { Checkpoint::load(&args.out)?.steps() } else { 0 };
-        let kept = if args.resume { first_lines(&path, done) } else { String::new() };
-        let mut options = OpenOptions::new();
-        let file =
-            options.create(true).write(true).truncate(true).open(&path).with_context(|| path.display().to_string())?;
-        let mut log = BufWriter::new(file);
-        log.write_all(kept.as_bytes()).with_context(|| path.display().to_string())?;
+        let open = || -> std::io::Result<File> {
+            let file = OpenOptions::new().create(true).append(true).open(&path)?;
+            // Steps that a run made after its last checkpoint will be made again.
+            file.set_len(length_of_lines(&std::fs::read(&path)?, done))?;
+            Ok(file)
+        };
+        let log = BufWriter::new(open().with_context(|| path.display().to_string())?);
         let bar = ProgressBar::new(config.rate.steps).with_position(done);
         bar.set_style(ProgressStyle::with_template("{bar:20} {pos}/{len} {elapsed}<{eta} {wide_msg}")?);
         Ok(Self { bar, log, path, first: None })
@@ -322,10 +313,9 @@ impl Bar {
     }
 }
 
-/// Steps that a run made after its last checkpoint will be made again.
-fn first_lines(path: &Path, steps: u64) -> String {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines().take(steps as usize).map(|line| format!("{line}\n")).collect()
+/// Bytes of the first lines of a text.
+fn length_of_lines(text: &[u8], lines: u64) -> u64 {
+    text.split_inclusive(|&byte| byte == b'\n').take(lines as usize).map(|line| line.len() as u64).sum()
 }
 
 impl Observer for Bar {
@@ -348,5 +338,19 @@ impl Observer for Bar {
             log.flush()
         };
         write(&mut self.log).map_err(|e| kvpolicy_candle::Error::File { path: self.path.clone(), what: e.to_string() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::length_of_lines;
+
+    #[test]
+    fn a_log_is_cut_after_whole_lines() {
+        let log = b"one\ntwo\nthree";
+        for (lines, bytes) in [(0, 0), (1, 4), (2, 8), (3, 13), (9, 13)] {
+            assert_eq!(length_of_lines(log, lines), bytes);
+        }
+        assert_eq!(length_of_lines(b"", 3), 0);
     }
 }

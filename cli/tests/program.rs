@@ -153,6 +153,40 @@ fn compare_without_a_model_shows_what_policies_do() {
     }
 }
 
+#[test]
+fn retrofit_trains_gates_that_can_be_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "a boat waits near the mill. the owl sings and the river runs.\n".repeat(120);
+    std::fs::write(dir.path().join("text.txt"), text).unwrap();
+    let args = |more: &[&'static str]| -> Vec<&'static str> {
+        let all =
+            ["retrofit", "--text", "text.txt", "--out", "out", "--context", "96", "--window", "4", "--target-cr", "2"];
+        let rest = ["--steps", "3", "--batch-tokens", "192", "--judged", "2", "--save-every", "2"];
+        [&all[..], &rest[..], more].concat()
+    };
+    let table = succeeded(&program(&dir, &args(&[])));
+    assert!(table.contains("| gates |") && table.contains("| window |"), "{table}");
+    let log = |dir: &tempfile::TempDir| std::fs::read_to_string(dir.path().join("out/train.jsonl")).unwrap();
+    assert_eq!(log(&dir).lines().count(), 3);
+    let config = std::fs::read_to_string(dir.path().join("out/config.json")).unwrap();
+    assert!(config.contains("\"dms_window_size\": 4") && config.contains("kvpolicy_model_sha256"), "{config}");
+    let prompt =
+        ["generate", "--policy", "dms:weights=out/gates.safetensors", "--prompt", "a boat", "--max-tokens", "3"];
+    succeeded(&program(&dir, &prompt));
+
+    let before = log(&dir);
+    let refused = |more: &[&'static str], word: &str| {
+        let output = program(&dir, &args(more));
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains(word), "{error} does not name {word}");
+    };
+    refused(&["--resume", "--tau", "0.2"], "tau was 0.1 and is 0.2");
+    refused(&["--judged", "0"], "--judged");
+    refused(&["--facts", "2"], "facts=2");
+    refused(&["--tau", "0"], "tau=0");
+    assert_eq!(log(&dir), before, "what is refused leaves the log alone");
+}
+
 /// Problems are made up in bytes; where tokens have more of them, and a template or a text is no help.
 #[test]
 fn recall_and_chain_run_on_any_model() {

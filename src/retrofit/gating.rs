@@ -26,13 +26,8 @@ impl SoftGates {
     /// # Errors
     /// Those of the tensor library: shapes that do not fit.
     pub fn new(logits: &Tensor, noise: &Tensor, sequences: usize, tau: f64, lag: Lag, per: PerGate) -> Result<Self> {
-        let (tokens, heads) = logits.dims2()?;
-        let dims = (sequences, tokens / sequences.max(1), heads);
-        let mut e = ((logits + noise)? / tau)?.reshape(dims)?;
-        if per == PerGate::Layer {
-            e = e.narrow(2, 0, 1)?.broadcast_as(dims)?.contiguous()?;
-        }
-        Ok(Self { e, dims, tau, lag, per })
+        let e = by_sequence(&((logits + noise)? / tau)?, sequences, per)?;
+        Ok(Self { dims: e.dims3()?, e, tau, lag, per })
     }
 
     /// The log-probability that attention keeps each token once it has left the window: f32 `[tokens, kv_heads]`. Where a
@@ -41,13 +36,7 @@ impl SoftGates {
     /// # Errors
     /// Those of the tensor library.
     pub fn keep(&self) -> Result<Tensor> {
-        let (sequences, length, heads) = self.dims;
-        let keep = log_sigmoid(&self.e.neg()?)?;
-        let keep = match self.lag {
-            Lag::Own => keep,
-            Lag::Previous => keep.narrow(1, 1, length - 1)?.pad_with_zeros(1, 0, 1)?,
-        };
-        Ok(keep.reshape((sequences * length, heads))?)
+        judged(log_sigmoid(&self.e.neg()?)?, self.lag)
     }
 
     /// Share of decisions to evict in each sequence, hard: f32 `[sequences]`.
@@ -81,7 +70,7 @@ impl SoftGates {
         let keep = keep.reshape(self.dims)?;
         let keep = match self.lag {
             Lag::Own => keep,
-            Lag::Previous => keep.narrow(1, 0, length - 1)?.pad_with_zeros(1, 1, 0)?,
+            Lag::Previous => keep.narrow(1, 0, length.saturating_sub(1))?.pad_with_zeros(1, 1, 0)?,
         };
         let evicted = (evicted.reshape((sequences, 1, 1))? / (length * heads) as f64)?;
         // d logsigmoid(-e) = -p de; d sigmoid(e) = p (1 - p) de.
@@ -101,17 +90,29 @@ impl SoftGates {
 /// # Errors
 /// Those of the tensor library.
 pub fn hard_keep(logits: &Tensor, sequences: usize, lag: Lag, per: PerGate) -> Result<Tensor> {
-    let (tokens, heads) = logits.dims2()?;
+    let evict = logits.gt(0f64)?.to_dtype(DType::F32)?;
+    judged((by_sequence(&evict, sequences, per)? * HIDDEN)?, lag)
+}
+
+/// Numbers of decisions, `[tokens, kv_heads]`, as `[sequences, length, kv_heads]`; those of head 0 for all heads where it
+/// decides for its layer.
+fn by_sequence(x: &Tensor, sequences: usize, per: PerGate) -> Result<Tensor> {
+    let (tokens, heads) = x.dims2()?;
     let dims = (sequences, tokens / sequences.max(1), heads);
-    let mut evict = logits.gt(0f64)?.to_dtype(DType::F32)?.reshape(dims)?;
-    if per == PerGate::Layer {
-        evict = evict.narrow(2, 0, 1)?.broadcast_as(dims)?.contiguous()?;
+    let x = x.reshape(dims)?;
+    match per {
+        PerGate::Head => Ok(x),
+        PerGate::Layer => Ok(x.narrow(2, 0, 1)?.broadcast_as(dims)?.contiguous()?),
     }
-    let evict = match lag {
-        Lag::Own => evict,
-        Lag::Previous => evict.narrow(1, 1, dims.1 - 1)?.pad_with_zeros(1, 0, 1)?,
+}
+
+/// What decisions, `[sequences, length, kv_heads]`, say of the tokens they judge, `[tokens, kv_heads]`: 0 where none does.
+fn judged(x: Tensor, lag: Lag) -> Result<Tensor> {
+    let x = match lag {
+        Lag::Own => x,
+        Lag::Previous => x.narrow(1, 1, x.dim(1)?.saturating_sub(1))?.pad_with_zeros(1, 0, 1)?,
     };
-    Ok((evict * HIDDEN)?.reshape((tokens, heads))?)
+    Ok(x.flatten(0, 1)?)
 }
 
 /// Added to a score, it leaves nothing of it in f32.

@@ -88,6 +88,12 @@ impl Schedule {
         let kept = (context / self.ratio(step) - shielded) / (context - shielded);
         1.0 - kept.min(1.0)
     }
+
+    /// The ratio that a share of decisions to evict makes: the inverse of [`Schedule::evicted`].
+    pub fn reached(&self, evicted: f64) -> f64 {
+        let (context, shielded) = (self.context as f64, (self.window + 1) as f64);
+        context / (shielded + (1.0 - evicted) * (context - shielded))
+    }
 }
 
 #[cfg(test)]
@@ -102,6 +108,7 @@ mod tests {
         for step in [0, 10, 50, 100, 199] {
             let live = 257.0 + (1.0 - GOOD.evicted(step)) * (4096.0 - 257.0);
             assert!((4096.0 / live - GOOD.ratio(step)).abs() < 1e-9);
+            assert!((GOOD.reached(GOOD.evicted(step)) - GOOD.ratio(step)).abs() < 1e-9);
         }
         assert_eq!((GOOD.ratio(0), GOOD.ratio(100), GOOD.ratio(150)), (1.0, 8.0, 8.0));
     }

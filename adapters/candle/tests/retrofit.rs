@@ -7,10 +7,10 @@ use kvpolicy::{
     retrofit::{AdamWConfig, Named, Rate, Schedule},
 };
 use kvpolicy_candle::{
-    Config, Model,
+    Config, Lm, LoadOptions, Message, Model,
     retrofit::{
-        Batch, Divergence, Judged, Objective, Observer, RunConfig, Sequence, Source, StepRecord, Trainee,
-        next_token_gradients, run,
+        Batch, Corpus, Divergence, Judged, Mixture, Objective, Observer, RunConfig, Sequence, Source, StepRecord,
+        Trainee, next_token_gradients, run,
     },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -249,14 +249,79 @@ fn what_cannot_be_trained_is_refused() {
     refused(&RunConfig { schedule: Schedule { target: 0.9, ..good.schedule }, ..good.clone() }, false, "target-cr=0.9");
     refused(&RunConfig { schedule: Schedule { window: 32, ..good.schedule }, ..good.clone() }, false, "window=32");
     refused(&RunConfig { sequences: 0, ..good.clone() }, false, "sequences=0");
+    refused(&RunConfig { tau: 0.0, ..good.clone() }, false, "tau=0");
+    refused(&RunConfig { scale: f64::NAN, ..good.clone() }, false, "scale=NaN");
+    refused(&RunConfig { compression: -1.0, ..good.clone() }, false, "compression=-1");
     refused(&good, true, "checkpoint.safetensors");
     train(&model, &good, dir.path(), false, 100).0.unwrap();
     refused(&RunConfig { tau: 0.4, ..good.clone() }, true, "tau was 0.5 and is 0.4");
-    refused(&RunConfig { rate: Rate { peak: f64::MAX, ..good.rate }, ..good.clone() }, false, "no finite number");
+    // What is trained at a time decides about the noise.
+    refused(&RunConfig { at_a_time: 4, ..good.clone() }, true, "at-a-time was 3 and is 4");
+    // The checkpoint that lies there is of another training.
+    let wild = RunConfig { rate: Rate { peak: f64::MAX, ..good.rate }, ..good.clone() };
+    refused(&wild, false, "no finite number");
+    refused(&wild, false, "none was saved yet");
     let path = dir.path().join("checkpoint.safetensors");
     let bytes = std::fs::read(&path).unwrap();
     for damaged in [&bytes[..bytes.len() / 2], &bytes[..4], b"", b"not a checkpoint at all"] {
         std::fs::write(&path, damaged).unwrap();
         refused(&good, true, "damaged");
     }
+}
+
+#[test]
+fn what_cannot_be_judged_is_refused() {
+    let model = model("llama");
+    let config = settings(1);
+    let trainee = Trainee::new(&model, config.gates(), config.scale, config.offset);
+    let error = trainee.evaluate(&[], Judged::Dense).unwrap_err().to_string();
+    assert!(error.contains("nothing to judge"), "{error}");
+    let batches = [Repeats.batch(0..1, 32, &Device::Cpu).unwrap()];
+    let error = trainee.evaluate(&batches, Judged::Gates(&Named::new())).unwrap_err().to_string();
+    assert!(error.contains("dms_proj_alpha_norm.weight"), "{error}");
+}
+
+#[test]
+fn portions_are_all_the_sequences() {
+    let tokens = |batches: &[Batch]| -> Vec<u32> {
+        batches.iter().flat_map(|batch| batch.tokens.to_vec1::<u32>().unwrap()).collect()
+    };
+    let whole = Repeats.batch(5..12, 16, &Device::Cpu).unwrap();
+    for at_a_time in [1, 3, 7, 100] {
+        let portions = Repeats.batches(5..12, at_a_time, 16, &Device::Cpu).unwrap();
+        assert_eq!(portions.len(), 7usize.div_ceil(at_a_time));
+        assert_eq!(tokens(&portions), tokens(std::slice::from_ref(&whole)));
+    }
+}
+
+/// Text of which every sequence has its length, whatever it is made of.
+#[test]
+fn a_corpus_gives_sequences_of_every_kind() {
+    let lm = Lm::embedded(&LoadOptions::default()).unwrap();
+    let text = ["a boat waits near the mill. the owl sings.\n".repeat(200)];
+    for (facts, length) in [(0.0, 300), (1.0, 300), (1.0, 1000), (1.0, 40)] {
+        let mixture = Mixture { facts, conversations: 0.0, answers: 4.0 };
+        let corpus = Corpus::new(&lm, &text, mixture, 3).unwrap();
+        let again = Corpus::new(&lm, &text, mixture, 3).unwrap();
+        for number in 0..40 {
+            let sequence = corpus.sequence(number, length).unwrap();
+            assert_eq!((sequence.tokens.len(), sequence.weights.len()), (length, length));
+            assert_eq!(sequence, again.sequence(number, length).unwrap());
+            let answers = sequence.weights.iter().filter(|&&weight| weight == 4.0).count();
+            assert_eq!(answers > 0, facts > 0.0 && length > 100, "{number} of {length}");
+        }
+        assert_ne!(corpus.sequence(0, length).unwrap(), corpus.sequence(1, length).unwrap());
+    }
+    let error = Corpus::new(&lm, &text, Mixture::default(), 0).unwrap().check(1 << 20).unwrap_err().to_string();
+    assert!(error.contains("too short"), "{error}");
+    for mixture in [
+        Mixture { facts: 1.5, ..Mixture::default() },
+        Mixture { conversations: f64::NAN, ..Mixture::default() },
+        Mixture { answers: 0.0, ..Mixture::default() },
+    ] {
+        assert!(Corpus::new(&lm, &text, mixture, 0).is_err(), "{mixture:?}");
+    }
+    let mut corpus = Corpus::new(&lm, &text, Mixture::default(), 0).unwrap();
+    let error = corpus.add_conversations(&[vec![Message::new("user", "Hello")]]).unwrap_err().to_string();
+    assert!(error.contains("template"), "{error}");
 }

@@ -4,7 +4,7 @@ use super::{
     run::Observer,
     save::write_model,
     scratch::next_token_gradients,
-    text::{Sequence, Source},
+    text::{Sequence, Source, numbers},
 };
 use crate::{
     config::Config,
@@ -17,7 +17,7 @@ use kvpolicy::{
     compare::problems::{self, Problem},
     retrofit::{AdamW, AdamWConfig, Named, Rate},
 };
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::Rng;
 use serde_json::{Value, json};
 use std::{collections::HashSet, path::Path, time::Instant};
 
@@ -56,7 +56,7 @@ pub struct Problems {
 
 impl Source for Problems {
     fn sequence(&self, number: u64, length: usize) -> Result<Sequence> {
-        let mut rng = StdRng::seed_from_u64(self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(number));
+        let mut rng = numbers(self.seed, number);
         let make = if rng.random_bool(0.5) { problems::recall } else { problems::chain };
         Ok(laid_out(&make(&mut rng, length.saturating_sub(1)), self.others, length))
     }
@@ -157,15 +157,15 @@ pub fn train_demo(config: &DemoConfig, device: &Device, dir: &Path, observer: &m
         let sequences = (config.batch_tokens / length).max(1) as u64;
         // Numbers of their own for each step, whatever its length.
         let first = step << 20;
-        source.batch(first..first + sequences, length, device)
+        (step < config.rate.steps).then(|| source.batch(first..first + sequences, length, device)).transpose()
     };
-    let mut next = Some(batch(0)?);
-    while let Some(now) = next.take().filter(|_| optimizer.steps() < config.rate.steps) {
+    let mut next = batch(0)?;
+    while let Some(now) = next {
         let step = optimizer.steps();
         let (gradients, loss) = next_token_gradients(&model, &now)?;
         let norm = optimizer.step(&gradients, config.rate.at(step))?;
         model.set_parameters(optimizer.params())?;
-        next = Some(batch(step + 1)?);
+        next = batch(step + 1)?;
         tokens += (now.sequences * now.length) as u64;
         if step % 50 == 49 || step + 1 == config.rate.steps {
             let (loss, norm) = (loss.to_scalar::<f32>()? as f64, norm.to_scalar::<f32>()? as f64);

@@ -2,9 +2,9 @@
 
 use super::{
     pass::Pass,
-    trainee::{Batch, Trainee},
+    trainee::{Batch, Trainee, rows_at_a_time},
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 use kvpolicy::retrofit::{HIDDEN, Named, hard_keep, losses};
 use serde::Serialize;
@@ -53,14 +53,22 @@ impl Evaluation {
     pub fn perplexity_change(&self) -> f64 {
         (self.nll - self.dense_nll).exp() - 1.0
     }
+
+    /// The same over the last quarter of each sequence.
+    pub fn tail_perplexity_change(&self) -> f64 {
+        (self.tail_nll - self.tail_dense_nll).exp() - 1.0
+    }
 }
 
 impl Trainee<'_> {
-    /// Evaluates batches of the same length. The first token of a sequence is predicted by none, the last predicts none.
+    /// Evaluates batches of the same length, at least 4 tokens. The first token of a sequence is predicted by none, the last predicts none.
     ///
     /// # Errors
-    /// Those of the tensor library.
+    /// [`Error::Model`] if there is nothing to judge, and those of the tensor library.
     pub fn evaluate(&self, batches: &[Batch], judged: Judged) -> Result<Evaluation> {
+        if batches.is_empty() || batches.iter().any(|batch| batch.length < 4) {
+            return Err(Error::Model("nothing to judge: at least one held-out sequence, of 4 tokens or more".into()));
+        }
         let config = self.model().config();
         let mut sum = Evaluation { live: vec![vec![0.0; config.kv_heads]; config.layers], ..Evaluation::default() };
         let (mut count, mut tail_count, mut sequences) = (0.0, 0.0, 0.0);
@@ -126,9 +134,8 @@ impl Trainee<'_> {
     }
 
     fn compare(&self, pass: &Pass, student: &Tensor, teacher: &Tensor, batch: &Batch) -> Result<[Vec<f32>; 3]> {
-        let (rows, tokens) = (((1usize << 28) / self.model().config().vocab).max(1), student.dim(0)?);
-        // What follows a sequence's last token is not looked at.
-        let next = Tensor::cat(&[batch.tokens.narrow(0, 1, tokens - 1)?, batch.tokens.narrow(0, 0, 1)?], 0)?;
+        let (rows, tokens) = (rows_at_a_time(self.model().config().vocab), student.dim(0)?);
+        let next = batch.next_tokens()?;
         let mut all: [Vec<f32>; 3] = Default::default();
         for start in (0..tokens).step_by(rows) {
             let part = |x: &Tensor| -> Result<Tensor> { Ok(x.narrow(0, start, rows.min(tokens - start))?) };

@@ -14,9 +14,12 @@ use kvpolicy::{
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use std::{path::Path, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
-/// What a training is told. The defaults of the fields are those of `kvpolicy retrofit`.
+/// What a training is told.
 #[derive(Debug, Clone)]
 pub struct RunConfig {
     /// Compression.
@@ -98,25 +101,38 @@ impl RunConfig {
             "context": context, "window": window, "target-cr": target, "anneal": anneal, "steps": steps,
             "warmup": warmup, "rate": peak, "per": format!("{:?}", self.per), "scale": self.scale,
             "offset": self.offset, "tau": self.tau, "compression": self.compression,
-            "divergence": format!("{:?}", self.divergence), "sequences": self.sequences, "seed": self.seed,
+            "divergence": format!("{:?}", self.divergence), "sequences": self.sequences,
+            "at-a-time": self.at_a_time, "seed": self.seed,
             "adamw": [beta1, beta2, eps, weight_decay, clip], "text": source.settings(),
         })
     }
 
-    fn check(&self) -> Result<()> {
+    /// Refuses what cannot be trained.
+    ///
+    /// # Errors
+    /// As [`Schedule::check`] and [`Rate::check`], and [`Error::Model`] for counts below 1 or factors that are no numbers.
+    pub fn check(&self) -> Result<()> {
         self.schedule.check()?;
         self.rate.check()?;
-        if self.sequences == 0 || self.at_a_time == 0 || self.save_every == 0 {
-            let Self { sequences, at_a_time, save_every, .. } = self;
+        let Self { sequences, at_a_time, save_every, scale, offset, tau, compression, .. } = *self;
+        if sequences == 0 || at_a_time == 0 || save_every == 0 {
             return Err(Error::Model(format!(
                 "sequences={sequences}, at-a-time={at_a_time}, save-every={save_every}: 1 or more"
+            )));
+        }
+        let positive = [tau, scale].iter().all(|x| x.is_finite() && *x > 0.0);
+        if !(positive && offset.is_finite() && compression.is_finite() && compression >= 0.0) {
+            return Err(Error::Model(format!(
+                "tau={tau}, scale={scale}, offset={offset}, compression={compression}: tau and scale above 0, the weight of \
+                 the compression loss not below it"
             )));
         }
         Ok(())
     }
 }
 
-/// Trains gates for a model and writes them to `dir`. `resume`: goes on from the checkpoint there. Returns the parameters.
+/// Trains gates for a model, with checkpoints in `dir`. `resume`: goes on from the one there. Returns the parameters, by the
+/// names of [`Trainee::fresh`]; [`finish`] writes them as gates.
 ///
 /// # Errors
 /// A configuration that cannot be met, text that is too short, a checkpoint of another training, a loss that is no number
@@ -138,21 +154,24 @@ pub fn run(
         same_settings(&checkpoint.settings, &settings)?;
         optimizer.restore(&checkpoint.state, &Checkpoint::path(dir))?;
     }
-    let started = Instant::now();
-    let mut batches = Some(config.batches(source, optimizer.steps(), trainee)?);
-    while let Some(now) = batches.take().filter(|_| optimizer.steps() < config.rate.steps) {
+    let (started, steps) = (Instant::now(), config.rate.steps);
+    let mut saved = resume;
+    let batches = |step: u64| (step < steps).then(|| config.batches(source, step, trainee)).transpose();
+    let mut next = batches(optimizer.steps())?;
+    while let Some(now) = next {
         let step = optimizer.steps();
         let (gradients, losses) = config.gradients(trainee, optimizer.params(), &now, step)?;
         let gradient = optimizer.step(&gradients, config.rate.at(step))?;
         // While the device works on this step: the text of the next.
-        batches = Some(config.batches(source, step + 1, trainee)?);
+        next = batches(step + 1)?;
         let record = config.record(step, &losses, &gradient, started)?;
         if !(record.divergence.is_finite() && record.gradient.is_finite()) {
-            return Err(no_number(&record, dir));
+            return Err(no_number(&record, saved.then(|| Checkpoint::path(dir))));
         }
         observer.step(&record)?;
-        if (step + 1) % config.save_every == 0 || step + 1 == config.rate.steps {
+        if (step + 1).is_multiple_of(config.save_every) || step + 1 == steps {
             Checkpoint { state: optimizer.state()?, settings: settings.clone() }.save(dir)?;
+            saved = true;
         }
     }
     Ok(optimizer.params().clone())
@@ -180,11 +199,7 @@ impl RunConfig {
     /// The sequences of a step, in the portions that are taken at a time.
     fn batches(&self, source: &dyn Source, step: u64, trainee: &Trainee) -> Result<Vec<Batch>> {
         let (first, all) = (step * self.sequences as u64, self.sequences as u64);
-        let portion = |start: u64| {
-            let end = (start + self.at_a_time as u64).min(all);
-            source.batch(first + start..first + end, self.schedule.context, trainee.model().device())
-        };
-        (0..all).step_by(self.at_a_time).map(portion).collect()
+        source.batches(first..first + all, self.at_a_time, self.schedule.context, trainee.model().device())
     }
 
     /// Means over the portions of a step.
@@ -219,8 +234,6 @@ impl RunConfig {
     fn record(&self, step: u64, losses: &[Tensor], gradient: &Tensor, started: Instant) -> Result<StepRecord> {
         let sum = Tensor::stack(losses, 0)?.sum(0)?.to_vec1::<f32>()?;
         let [divergence, compression_loss, evicted, soft] = [0, 1, 2, 3].map(|i| sum[i] as f64);
-        let Schedule { context, window, .. } = self.schedule;
-        let (context, shielded) = (context as f64, (window + 1) as f64);
         Ok(StepRecord {
             step: step + 1,
             tokens: (step + 1) * (self.sequences * self.schedule.context) as u64,
@@ -228,7 +241,7 @@ impl RunConfig {
             compression_loss,
             evicted,
             soft,
-            compression: context / (shielded + (1.0 - evicted) * (context - shielded)),
+            compression: self.schedule.reached(evicted),
             target: self.schedule.ratio(step + 1),
             rate: self.rate.at(step),
             gradient: gradient.to_scalar::<f32>()? as f64,
@@ -243,12 +256,11 @@ fn mix(seed: u64, stream: u64) -> u64 {
     (z ^ (z >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9)
 }
 
-fn no_number(record: &StepRecord, dir: &Path) -> Error {
-    let path = Checkpoint::path(dir);
-    let kept = if path.exists() {
-        format!("the last good checkpoint is {}", path.display())
-    } else {
-        "none was saved yet".into()
+/// `saved`: the checkpoint of this training, if there is one.
+fn no_number(record: &StepRecord, saved: Option<PathBuf>) -> Error {
+    let kept = match saved {
+        Some(path) => format!("the last good checkpoint is {}", path.display()),
+        None => "none was saved yet".into(),
     };
     Error::Model(format!(
         "the loss is no finite number at step {} (divergence {}, gradient {}); {kept}: go on from it with a lower rate",

@@ -2,7 +2,7 @@
 
 use super::trainee::Trainee;
 use crate::error::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use kvpolicy::{PerGate, retrofit::Named};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
@@ -22,10 +22,8 @@ const SETTINGS: &str = "kvpolicy.settings";
 /// [`Error::File`] naming the file that cannot be written.
 pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<String, Value>) -> Result<PathBuf> {
     create(dir)?;
-    let rounded = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::BF16)?));
-    let tensors = params.iter().map(rounded).collect::<Result<Named>>()?;
     let path = dir.join("gates.safetensors");
-    write(&path, &tensors, None)?;
+    write(&path, &rounded(params)?, None)?;
     let mut config = dms_fields(trainee);
     config.extend(about);
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(dir, e))?;
@@ -39,27 +37,27 @@ pub fn dms_fields(trainee: &Trainee) -> Map<String, Value> {
         PerGate::Head => "head",
         PerGate::Layer => "layer",
     };
-    let fields = json!({
-        "dms_window_size": trainee.gates.window,
-        "dms_alpha_scale": trainee.scale,
-        "dms_initial_alpha_offset": trainee.offset,
-        "dms_alpha_per": per,
-        "dms_separate_alpha": true,
-        "dms_disable_eviction": false,
-    });
-    match fields {
-        Value::Object(fields) => fields,
-        _ => Map::new(),
-    }
+    let fields = [
+        ("dms_window_size", json!(trainee.gates.window)),
+        ("dms_alpha_scale", json!(trainee.scale)),
+        ("dms_initial_alpha_offset", json!(trainee.offset)),
+        ("dms_alpha_per", json!(per)),
+        ("dms_separate_alpha", json!(true)),
+        ("dms_disable_eviction", json!(false)),
+    ];
+    fields.map(|(name, value)| (name.to_string(), value)).into_iter().collect()
 }
 
 /// Writes a model folder: bf16 tensors by their Hugging Face names, `config.json` and `tokenizer.json`.
 pub(super) fn write_model(dir: &Path, tensors: &Named, config: &str, tokenizer: &str) -> Result<()> {
     create(dir)?;
-    let rounded = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::BF16)?));
-    write(&dir.join("model.safetensors"), &tensors.iter().map(rounded).collect::<Result<Named>>()?, None)?;
+    write(&dir.join("model.safetensors"), &rounded(tensors)?, None)?;
     replace(&dir.join("config.json"), |temporary| fs::write(temporary, config))?;
     replace(&dir.join("tokenizer.json"), |temporary| fs::write(temporary, tokenizer))
+}
+
+fn rounded(tensors: &Named) -> Result<Named> {
+    tensors.iter().map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(DType::BF16)?))).collect()
 }
 
 /// The whole state of a training.

@@ -9,7 +9,8 @@ use candle_core::{DType, Tensor};
 use kvpolicy::retrofit::{Named, losses};
 
 /// Negative log-likelihood of each sequence's next tokens, an f32 scalar, and its gradients with respect to
-/// [`Model::parameters`]. The weight of a position is that of predicting what follows it.
+/// [`Model::parameters`]. The weight of a position is that of predicting what follows it;
+/// a sequence's last one should have none.
 ///
 /// # Errors
 /// Those of the tensor library; quantized weights.
@@ -23,10 +24,7 @@ pub fn next_token_gradients(model: &Model, batch: &Batch) -> Result<(Named, Tens
         inputs.push(std::mem::replace(&mut x, after));
     }
     let normed = pass.finish(&x)?;
-    let tokens = normed.dim(0)?;
-    // What follows a sequence's last token has no weight.
-    let next = Tensor::cat(&[batch.tokens.narrow(0, 1, tokens - 1)?, batch.tokens.narrow(0, 0, 1)?], 0)?;
-    let (nll, logits) = losses::cross_entropy(pass.logits(&normed)?, &next, &batch.weights)?;
+    let (nll, logits) = losses::cross_entropy(pass.logits(&normed)?, &batch.next_tokens()?, &batch.weights)?;
     let loss = (nll * &batch.weights)?.sum_all()?;
 
     let mut gradients = Named::new();

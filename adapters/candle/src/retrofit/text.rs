@@ -1,7 +1,7 @@
 //! What gates are trained on: running text, conversations, and facts planted in text that are asked for at its end.
 
 use crate::{
-    chat::{ChatTemplate, Message},
+    chat::Message,
     error::{Error, Result},
     loader::Lm,
     retrofit::trainee::Batch,
@@ -49,13 +49,27 @@ pub trait Source {
         let tokens = Tensor::new(all.tokens.as_slice(), device)?;
         Ok(Batch { tokens, weights: Tensor::new(weights.as_slice(), device)?, sequences, length })
     }
+
+    /// The same in portions of up to `at_a_time` sequences, at least 1.
+    ///
+    /// # Errors
+    /// As [`Source::check`].
+    fn batches(&self, numbers: Range<u64>, at_a_time: usize, length: usize, device: &Device) -> Result<Vec<Batch>> {
+        let step = at_a_time.max(1);
+        let portion = |start: u64| self.batch(start..(start + step as u64).min(numbers.end), length, device);
+        numbers.clone().step_by(step).map(portion).collect()
+    }
+}
+
+/// Random numbers of a sequence's own.
+pub(super) fn numbers(seed: u64, sequence: u64) -> StdRng {
+    StdRng::seed_from_u64(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(sequence))
 }
 
 /// Text for a model. A sequence depends on the seed and its number.
 #[derive(Debug)]
 pub struct Corpus<'a> {
-    tokenizer: &'a Tokenizer,
-    template: Option<&'a ChatTemplate>,
+    lm: &'a Lm,
     text: Vec<u32>,
     conversations: Vec<Sequence>,
     /// Whether a sentence or line can end with a token, by its id.
@@ -80,6 +94,21 @@ pub struct Mixture {
 impl Default for Mixture {
     fn default() -> Self {
         Self { facts: 0.35, conversations: 0.25, answers: 4.0 }
+    }
+}
+
+impl Mixture {
+    fn check(&self) -> Result<()> {
+        let Self { facts, conversations, answers } = *self;
+        let share = |x: f64| (0.0..=1.0).contains(&x);
+        if share(facts) && share(conversations) && share(facts + conversations) && answers.is_finite() && answers > 0.0
+        {
+            return Ok(());
+        }
+        Err(Error::Model(format!(
+            "facts={facts}, conversations={conversations}, answer-weight={answers} are not accepted: shares of 0 \
+             to 1 and a weight above 0"
+        )))
     }
 }
 
@@ -117,34 +146,42 @@ impl<'a> Corpus<'a> {
     /// Running text, documents one after the other, for a model.
     ///
     /// # Errors
-    /// [`Error::Model`] if no text is left after encoding.
+    /// [`Error::Model`] for a mixture that is none, or a tokenizer with tokens that the model has not.
     pub fn new(lm: &'a Lm, documents: &[String], mixture: Mixture, seed: u64) -> Result<Self> {
+        mixture.check()?;
         let tokenizer = lm.tokenizer();
         let mut text = vec![];
         for document in documents {
             text.extend(encode_long(tokenizer, document)?);
             text.extend(tokenizer.eos().first());
         }
-        let vocab = lm.model().config().vocab;
-        if let Some(token) = text.iter().find(|&&token| token as usize >= vocab) {
-            return Err(Error::Model(format!(
-                "the tokenizer and the model do not belong together: token {token} is outside the vocabulary of {vocab}"
-            )));
-        }
-        let ends = (0..vocab as u32).map(|id| ends_something(tokenizer, id)).collect();
-        Ok(Self { tokenizer, template: lm.template(), text, conversations: vec![], ends, mixture, seed })
+        let vocab = lm.model().config().vocab as u32;
+        let ends = (0..vocab).map(|id| ends_something(tokenizer, id)).collect();
+        let corpus = Self { lm, text, conversations: vec![], ends, mixture, seed };
+        corpus.known(&corpus.text)?;
+        Ok(corpus)
+    }
+
+    /// Whether the model has all tokens that its tokenizer made.
+    fn known(&self, tokens: &[u32]) -> Result<()> {
+        let unknown = |error| Error::Model(format!("the tokenizer and the model do not belong together: {error}"));
+        self.lm.model().check_tokens(tokens).map_err(unknown)
     }
 
     /// Adds conversations, each a list of messages; answers of the assistant have the weight of answers.
     ///
     /// # Errors
-    /// [`Error::Template`] for one that the model's template refuses, or a model without a template.
+    /// [`Error::Template`] for one that the model's template refuses or makes nothing of, or a model without a template.
     pub fn add_conversations(&mut self, conversations: &[Vec<Message>]) -> Result<()> {
-        let template =
-            self.template.ok_or_else(|| Error::Template("the model has none, and conversations need it".into()))?;
         for messages in conversations {
             let marked: Vec<Message> = messages.iter().map(mark_answer).collect();
+            let template = self.lm.template();
+            let template =
+                template.ok_or_else(|| Error::Template("the model has none, and conversations need it".into()))?;
             let sequence = self.read(&template.render(&marked, false)?, &[])?;
+            if sequence.tokens.is_empty() {
+                return Err(Error::Template("it makes nothing of a conversation".into()));
+            }
             self.conversations.push(sequence);
         }
         Ok(())
@@ -163,13 +200,18 @@ impl<'a> Corpus<'a> {
     fn talk(&self, rng: &mut StdRng, length: usize) -> Sequence {
         let mut all = Sequence::default();
         while all.tokens.len() < length {
-            let Some(next) = self.conversations.choose(rng).filter(|c| !c.tokens.is_empty()) else { break };
+            let Some(next) = self.conversations.choose(rng) else { break };
             all.tokens.extend(&next.tokens);
             all.weights.extend(&next.weights);
         }
-        all.tokens.resize(length, 0);
-        all.weights.resize(length, 0.0);
+        all.truncate(length);
         all
+    }
+
+    fn plain(&self, rng: &mut StdRng, length: usize) -> Sequence {
+        let mut plain = Sequence::default();
+        plain.add(self.excerpt(rng, length), 1.0);
+        plain
     }
 
     /// Text with facts, then questions and answers.
@@ -185,14 +227,20 @@ impl<'a> Corpus<'a> {
             if !keys.insert(fact.question.clone()) {
                 continue;
             }
-            let statement =
-                self.tokenizer.encode_within(&format!("{}{}", ["\n", " "][list.is_none() as usize], fact.statement))?;
+            let statement = self.lm.tokenizer().encode_within(&format!(
+                "{}{}",
+                ["\n", " "][list.is_none() as usize],
+                fact.statement
+            ))?;
             if used + statement.len() + frame_room > length {
                 break;
             }
             used += statement.len();
             statements.push(statement);
             facts.push(fact);
+        }
+        if facts.is_empty() {
+            return Ok(self.plain(rng, length)); // too short for one
         }
         let mut asked = facts;
         for i in 0..asked.len().min(12) {
@@ -236,7 +284,7 @@ impl<'a> Corpus<'a> {
     fn frame(&self, rng: &mut StdRng, asked: &[Fact]) -> Result<String> {
         let opening = OPENINGS.choose(rng).copied().unwrap_or_default();
         let answer = |fact: &Fact| format!("{ANSWER}{}{ANSWERED}", fact.answer);
-        if let Some(template) = self.template.filter(|_| rng.random_bool(0.7)) {
+        if let Some(template) = self.lm.template().filter(|_| rng.random_bool(0.7)) {
             let mut messages = vec![];
             for (i, fact) in asked.iter().enumerate() {
                 let before = if i == 0 { format!("{opening}{BODY}\n\n") } else { String::new() };
@@ -266,7 +314,8 @@ impl<'a> Corpus<'a> {
         let mut weight = 1.0;
         for (i, piece) in marked.split_inclusive([BODY, ANSWER, ANSWERED]).enumerate() {
             let text = piece.trim_end_matches([BODY, ANSWER, ANSWERED]);
-            let tokens = if i == 0 { self.tokenizer.encode(text)? } else { self.tokenizer.encode_within(text)? };
+            let tokenizer = self.lm.tokenizer();
+            let tokens = if i == 0 { tokenizer.encode(text)? } else { tokenizer.encode_within(text)? };
             all.add(&tokens, weight);
             weight = 1.0;
             match piece.chars().last() {
@@ -285,17 +334,17 @@ impl<'a> Corpus<'a> {
 
 impl Source for Corpus<'_> {
     fn sequence(&self, number: u64, length: usize) -> Result<Sequence> {
-        let mut rng = StdRng::seed_from_u64(self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(number));
+        let mut rng = numbers(self.seed, number);
         let draw: f64 = rng.random();
-        if draw < self.mixture.facts {
-            self.with_facts(&mut rng, length)
+        let sequence = if draw < self.mixture.facts {
+            self.with_facts(&mut rng, length)?
         } else if draw < self.mixture.facts + self.mixture.conversations && !self.conversations.is_empty() {
-            Ok(self.talk(&mut rng, length))
+            self.talk(&mut rng, length)
         } else {
-            let mut plain = Sequence::default();
-            plain.add(self.excerpt(&mut rng, length), 1.0);
-            Ok(plain)
-        }
+            self.plain(&mut rng, length)
+        };
+        self.known(&sequence.tokens)?;
+        Ok(sequence)
     }
 
     fn check(&self, length: usize) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::pass::Pass;
 use crate::{
-    error::Result,
+    error::{Error, Result},
     model::Model,
     ops::{self, GateWeights},
 };
@@ -47,6 +47,14 @@ pub struct Batch {
     pub length: usize,
 }
 
+impl Batch {
+    /// What follows each token, u32 `[sequences * length]`. After a sequence's last one comes another's first.
+    pub(super) fn next_tokens(&self) -> Result<Tensor> {
+        let tokens = self.sequences * self.length;
+        Ok(Tensor::cat(&[self.tokens.narrow(0, 1, tokens - 1)?, self.tokens.narrow(0, 0, 1)?], 0)?)
+    }
+}
+
 /// What a batch cost: f32 scalars where the model is, so that nothing waits for them.
 #[derive(Debug, Clone)]
 pub struct Losses {
@@ -73,7 +81,7 @@ pub struct Trainee<'a> {
 }
 
 /// Tokens whose logits exist at a time: as many as 2^28 of them allow.
-fn rows_at_a_time(vocab: usize) -> usize {
+pub(super) fn rows_at_a_time(vocab: usize) -> usize {
     ((1 << 28) / vocab).max(1)
 }
 
@@ -118,7 +126,7 @@ impl<'a> Trainee<'a> {
     /// The losses of a batch and their gradients with respect to `params`. `noise`: of each layer.
     ///
     /// # Errors
-    /// Those of the tensor library; quantized weights.
+    /// [`Error::Model`] for quantized weights or a parameter that is missing, and those of the tensor library.
     pub fn gradients(
         &self,
         params: &Named,
@@ -176,8 +184,11 @@ impl<'a> Trainee<'a> {
     fn weights(&self, params: &Named, layer: usize) -> Result<GateWeights> {
         let dtype = self.model.embedding.dtype();
         let [norm, weight] = names(layer);
-        let (norm, weight) = (params[&norm].to_dtype(dtype)?, params[&weight].to_dtype(dtype)?);
-        Ok(GateWeights { norm, eps: self.model.config().rms_eps, weight, bias: None })
+        let named = |name: String| match params.get(&name) {
+            Some(tensor) => Ok(tensor.to_dtype(dtype)?),
+            None => Err(Error::Model(format!("the gates have no tensor `{name}`"))),
+        };
+        Ok(GateWeights { norm: named(norm)?, eps: self.model.config().rms_eps, weight: named(weight)?, bias: None })
     }
 
     fn soft(
