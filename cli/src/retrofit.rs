@@ -15,7 +15,7 @@ use kvpolicy_candle::{
     Lm, Message,
     retrofit::{
         Batch, Checkpoint, Corpus, Divergence, Evaluation, Judged, Mixture, Observer, RunConfig, Source, StepRecord,
-        Trainee, finish, run as train,
+        Trainee, Trains, finish, run as train,
     },
 };
 use serde_json::{Map, Value, json};
@@ -31,6 +31,16 @@ enum Direction {
     Student,
     /// KL(dense || with gates).
     Teacher,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Training {
+    /// The gates: weights stay.
+    Gates,
+    /// The gates, and low-rank additions to the weights.
+    Lora,
+    /// The gates, and the weights of all blocks.
+    Full,
 }
 
 #[derive(Debug, clap::Args)]
@@ -70,6 +80,18 @@ pub(crate) struct Args {
     /// Learning rate.
     #[arg(long, default_value_t = 3e-4)]
     rate: f64,
+    /// What learns.
+    #[arg(long, value_enum, default_value_t = Training::Gates)]
+    train: Training,
+    /// Rank of additions to the weights, with --train lora.
+    #[arg(long, default_value_t = 16)]
+    lora_rank: usize,
+    /// Learning rate of additions or weights.
+    #[arg(long, default_value_t = 1e-4)]
+    weights_rate: f64,
+    /// Memory for activations: what does not fit is computed again on the way back.
+    #[arg(long, default_value = "16GiB", value_parser = bytes)]
+    activations: u64,
     /// Steps over which it rises.
     #[arg(long, default_value_t = 20)]
     warmup: u64,
@@ -132,7 +154,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let plain = Mixture { facts: 0.0, conversations: 0.0, answers: 1.0 };
     let judged = Corpus::new(&lm, &held_out, plain, args.seed)?;
     judged.check(args.context).context("held-out text")?;
-    let trainee = Trainee::new(lm.model(), config.gates(), args.scale, args.offset);
+    let trainee = Trainee::new(lm.model(), config.gates(), args.scale, args.offset).training(args.trains());
     eprintln!(
         "{}: {} tokens of text, {} held out; {} sequences of {} tokens a step",
         lm.name(),
@@ -164,6 +186,7 @@ impl Args {
                 anneal: self.anneal.unwrap_or((steps * 3 / 4).max(1)),
             },
             rate: Rate { peak: self.rate, warmup: self.warmup, steps },
+            weights_rate: self.weights_rate / self.rate,
             per: if self.per_layer { PerGate::Layer } else { PerGate::Head },
             scale: self.scale,
             offset: self.offset,
@@ -175,9 +198,18 @@ impl Args {
             },
             sequences: of(self.batch_tokens),
             at_a_time: of(self.tokens_at_a_time),
+            activations: self.activations as usize,
             save_every: self.save_every,
             seed: self.seed,
             optimizer: AdamWConfig::default(),
+        }
+    }
+
+    fn trains(&self) -> Trains {
+        match self.train {
+            Training::Gates => Trains::Gates,
+            Training::Lora => Trains::Lora { rank: self.lora_rank },
+            Training::Full => Trains::Full,
         }
     }
 

@@ -94,6 +94,7 @@ impl Args {
         RunConfig {
             schedule: Schedule { context: self.context, window: self.window, target: self.target_cr, anneal },
             rate: Rate { peak: self.gate_rate, warmup: 20.min(self.gate_steps), steps: self.gate_steps },
+            weights_rate: 1.0,
             per: PerGate::Head,
             scale: 100.0,
             offset: 5.0,
@@ -102,6 +103,7 @@ impl Args {
             divergence: Divergence::Teacher,
             sequences,
             at_a_time: sequences,
+            activations: 16 << 30,
             save_every: 500,
             seed: self.seed,
             optimizer: AdamWConfig::default(),

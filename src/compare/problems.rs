@@ -47,8 +47,8 @@ impl Problem {
 /// Simple sentences with 4 to 10 facts among them, and 2 to 4 questions about these:
 ///
 /// ```text
-/// ... the code of amber is 4821. a boat waits near the mill. ...
-/// the code of amber?
+/// ... code amber 4821. a boat waits near the mill. ...
+/// code amber
 /// ```
 ///
 /// with the answer ` 4821` and a newline. The whole has at most `bytes` bytes and little less; below 500 there are fewer
@@ -134,11 +134,11 @@ struct Fact {
 
 impl Fact {
     fn statement(&self) -> String {
-        format!("the code of {} is {}.", self.subject, self.value)
+        format!("code {} {}.", self.subject, self.value)
     }
 
     fn turn(&self) -> Turn {
-        Turn { question: format!("\nthe code of {}?", self.subject), answer: format!(" {}\n", self.value) }
+        Turn { question: format!("\ncode {}", self.subject), answer: format!(" {}\n", self.value) }
     }
 }
 
@@ -260,13 +260,13 @@ mod tests {
         for (bytes, problem) in many(recall) {
             assert_shape(bytes, &problem);
             let sentences = problem.context.split_terminator('.').map(str::trim);
-            let facts = sentences.filter_map(|s| s.strip_prefix("the code of ")?.split_once(" is "));
+            let facts = sentences.filter_map(|s| s.strip_prefix("code ")?.split_once(" "));
             let facts: Vec<(&str, &str)> = facts.collect();
             let known: HashMap<&str, &str> = facts.iter().copied().collect();
             assert_eq!(known.len(), facts.len(), "a subject twice");
             let mut asked = HashSet::new();
             for Turn { question, answer } in &problem.turns {
-                let subject = question.strip_prefix("\nthe code of ").unwrap().strip_suffix('?').unwrap();
+                let subject = question.strip_prefix("\ncode ").unwrap();
                 assert_eq!(answer, &format!(" {}\n", known[subject]));
                 assert!(answer.len() == 6 && asked.insert(subject));
             }
@@ -314,6 +314,6 @@ mod tests {
         let lists = [NOUNS, VERBS, ADJECTIVES, PREPOSITIONS, ADVERBS, TIMES];
         assert!(lists.iter().flat_map(|list| list.iter()).all(|word| !SUBJECTS.contains(word)));
         let longest = SUBJECTS.iter().map(|subject| subject.len()).max().unwrap();
-        assert!(2 * longest + "the code of  is 0000. \nthe code of ? 0000\n".len() <= FACT_ROOM);
+        assert!(2 * longest + "code  0000. \ncode  0000\n".len() <= FACT_ROOM);
     }
 }

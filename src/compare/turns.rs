@@ -260,13 +260,15 @@ mod tests {
 
     /// The byte that goes on with the answer to the last question.
     fn right(text: &str) -> Option<u8> {
-        let (context, asked) = text.split_once("\nfrom ").or_else(|| text.split_once("\nthe code of "))?;
-        let answer_and_said = match asked.rsplit("\nthe code of ").next()?.split_once('?') {
-            Some((subject, said)) => {
-                let value = context.split_once(&format!("the code of {subject} is "))?.1.get(..4)?;
+        let answer_and_said = match text.split_once("\nfrom ") {
+            None => {
+                let context = text.split('\n').next()?;
+                let asked = text.rsplit("\ncode ").next()?;
+                let (subject, said) = asked.split_at(asked.find(' ').unwrap_or(asked.len()));
+                let value = context.split_once(&format!("code {subject} "))?.1.get(..4)?;
                 (format!(" {value}\n"), said)
             }
-            None => {
+            Some((context, asked)) => {
                 let (asked, said) = asked.split_once(" steps.\n")?;
                 let (start, steps) = asked.split_once(", ")?;
                 let road = |from: &str| context.split_once(&format!("{from}-")).map(|(_, rest)| rest[..2].to_string());
@@ -320,8 +322,8 @@ mod tests {
         );
         assert!(samples.iter().all(|s| s.prompt.len() < s.context && s.correct == Some(true)));
         // The second question follows the first answer.
-        let turns = samples.iter().filter(|s| s.task == "recall" && s.prompt.matches('?').count() == 2);
-        assert!(turns.clone().count() > 0 && turns.clone().all(|s| s.prompt.contains("\n\nthe code of ")));
+        let turns = samples.iter().filter(|s| s.task == "recall" && s.prompt.matches("\ncode ").count() == 2);
+        assert!(turns.clone().count() > 0 && turns.clone().all(|s| s.prompt.contains("\n\ncode ")));
         assert!(*oracle.most.borrow() <= 1100);
     }
 

@@ -59,12 +59,13 @@ impl AdamW {
         self.steps
     }
 
-    /// Takes a step with the gradients of a loss, f32 of the parameters' shapes; one that is absent counts as 0. Returns
-    /// the norm of all gradients before clipping, an f32 scalar where they are: nothing here waits for a device.
+    /// Takes a step with the gradients of a loss, f32 of the parameters' shapes; one that is absent counts as 0. `rate`: the
+    /// learning rate of a parameter, by its name. Returns the norm of all gradients before clipping, an f32 scalar where
+    /// they are: nothing here waits for a device.
     ///
     /// # Errors
     /// Those of the tensor library: a gradient of another shape.
-    pub fn step(&mut self, gradients: &Named, rate: f64) -> Result<Tensor> {
+    pub fn step(&mut self, gradients: &Named, rate: impl Fn(&str) -> f64) -> Result<Tensor> {
         let AdamWConfig { beta1, beta2, eps, weight_decay, clip } = self.config;
         let norm = norm(gradients)?;
         let scale = (norm.affine(1.0, 1e-12)?.recip()? * clip)?.minimum(1f64)?;
@@ -81,6 +82,7 @@ impl AdamW {
             *square = ((&*square * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
             let root = (&*square / corrections[1])?.sqrt()?.affine(1.0, eps)?;
             let step = ((&*mean / corrections[0])? / root)?;
+            let rate = rate(name);
             let kept = if param.rank() > 1 { 1.0 - rate * weight_decay } else { 1.0 };
             *param = ((&*param * kept)? - (step * rate)?)?;
         }
@@ -185,7 +187,7 @@ mod tests {
         let (mut w, mut m, mut v) = ([1.0f64, -2.0], [0.0; 2], [0.0; 2]);
         for step in 1..=5 {
             let gradient = [0.3 * step as f64, -0.7];
-            optimizer.step(&named(&gradient.map(|g| g as f32)), 0.1).unwrap();
+            optimizer.step(&named(&gradient.map(|g| g as f32)), |_| 0.1).unwrap();
             for i in 0..2 {
                 m[i] = 0.9 * m[i] + 0.1 * gradient[i];
                 v[i] = 0.95 * v[i] + 0.05 * gradient[i] * gradient[i];
@@ -200,8 +202,8 @@ mod tests {
     fn long_gradients_are_clipped_and_their_norm_is_told() {
         let mut plain = AdamW::new(AdamWConfig { clip: 1e9, ..AdamWConfig::default() }, named(&[0.0, 0.0])).unwrap();
         let mut clipped = AdamW::new(AdamWConfig::default(), named(&[0.0, 0.0])).unwrap();
-        plain.step(&named(&[0.6, 0.8]), 0.1).unwrap();
-        let norm = clipped.step(&named(&[60.0, 80.0]), 0.1).unwrap();
+        plain.step(&named(&[0.6, 0.8]), |_| 0.1).unwrap();
+        let norm = clipped.step(&named(&[60.0, 80.0]), |_| 0.1).unwrap();
         assert_eq!(norm.to_scalar::<f32>().unwrap(), 100.0);
         let square = |optimizer: &AdamW| values(&optimizer.square);
         square(&plain).iter().zip(square(&clipped)).for_each(|(a, b)| assert!((a - b).abs() < 1e-6));
@@ -210,11 +212,11 @@ mod tests {
     #[test]
     fn a_restored_state_goes_on_alike() {
         let mut through = AdamW::new(AdamWConfig::default(), named(&[1.0, 2.0])).unwrap();
-        through.step(&named(&[0.1, -0.2]), 0.1).unwrap();
+        through.step(&named(&[0.1, -0.2]), |_| 0.1).unwrap();
         let mut resumed = AdamW::new(AdamWConfig::default(), named(&[0.0, 0.0])).unwrap();
         resumed.restore(&through.state().unwrap(), Path::new("x")).unwrap();
         for optimizer in [&mut through, &mut resumed] {
-            optimizer.step(&named(&[0.5, 0.5]), 0.1).unwrap();
+            optimizer.step(&named(&[0.5, 0.5]), |_| 0.1).unwrap();
         }
         assert_eq!(values(through.params()), values(resumed.params()));
         assert_eq!(resumed.steps(), 2);

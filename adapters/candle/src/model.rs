@@ -10,12 +10,13 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use kvpolicy::{KvCache, Step};
 
-/// A decoder of one of the families of [`Arch`], without any state: keys and values live in a [`KvCache`].
+/// A decoder of one of the families of [`Arch`], without any state: keys and values live in a [`KvCache`]. Clones share
+/// their weights.
 ///
 /// On a GPU with dense weights a decode step ([`Model::forward_on`], [`Model::greedy`] with one token a sequence) copies
 /// nothing between host and device and waits for nothing, so a CUDA graph can capture it, after a step outside it has
 /// loaded what is loaded once. Gates of a borrowed neuron are the exception.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Model {
     config: Config,
     pub(crate) embedding: Tensor, // [vocab, hidden]
@@ -25,7 +26,7 @@ pub struct Model {
     pub(crate) inv_freq: Tensor, // f32 [head_dim / 2]
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Block {
     pub(crate) attention_norm: Tensor, // [hidden]
     pub(crate) qkv: Matrix,            // hidden -> (q_heads + 2 kv_heads) * head_dim

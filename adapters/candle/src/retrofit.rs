@@ -1,4 +1,4 @@
-//! Training DMS gates into a model (arXiv 2506.05345), its weights frozen.
+//! Training DMS gates into a model (arXiv 2506.05345), its weights frozen or not ([`Trains`]).
 //!
 //! Each KV head of each layer gets an adapter: an RMS norm and a linear map of the residual stream that enters the layer to
 //! one decision logit. They learn to evict as much as a schedule asks for while the model keeps to its own dense answers
@@ -12,6 +12,7 @@ mod pass;
 mod run;
 mod save;
 mod scratch;
+mod student;
 mod text;
 mod trainee;
 mod weights;
@@ -19,8 +20,9 @@ mod weights;
 pub use demo::{CONFIG as DEMO_CONFIG, DemoConfig, Problems, save_demo, train_demo};
 pub use evaluate::{Evaluation, Judged};
 pub use run::{Observer, RunConfig, StepRecord, finish, run};
-pub use save::{Checkpoint, dms_fields, save_gates};
+pub use save::{Checkpoint, dms_fields, save_gates, save_weights};
 pub use scratch::next_token_gradients;
+pub use student::Trains;
 pub use text::{Corpus, Mixture, Sequence, Source};
 pub use trainee::{Batch, Divergence, Losses, Objective, Trainee};
 

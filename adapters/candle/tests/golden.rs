@@ -261,6 +261,7 @@ impl Training {
             evicted: self.case["train"]["target_frac"].as_f64().unwrap(),
             compression: 1.0,
             divergence: Divergence::Student,
+            activations: 0,
         };
         // [layers, sequences, heads, length] to tokens in front of heads.
         let of_layer = |layer: usize| {

@@ -10,7 +10,7 @@ use kvpolicy_candle::{
     Config, Lm, LoadOptions, Message, Model,
     retrofit::{
         Batch, Corpus, Divergence, Judged, Mixture, Objective, Observer, RunConfig, Sequence, Source, StepRecord,
-        Trainee, next_token_gradients, run,
+        Trainee, Trains, next_token_gradients, run, save_weights,
     },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -87,29 +87,38 @@ fn check(params: &Named, gradients: &Named, loss: impl Fn(&Named) -> f64, step: 
 
 #[test]
 fn gate_gradients_are_the_slopes_of_the_loss() {
-    for (family, lag, per, divergence) in [
-        ("llama", Lag::Previous, PerGate::Head, Divergence::Student),
-        ("qwen2", Lag::Own, PerGate::Head, Divergence::Teacher),
-        ("qwen3", Lag::Previous, PerGate::Layer, Divergence::Student),
+    for (family, lag, per, divergence, trains) in [
+        ("llama", Lag::Previous, PerGate::Head, Divergence::Student, Trains::Gates),
+        ("qwen2", Lag::Own, PerGate::Head, Divergence::Teacher, Trains::Full),
+        ("qwen3", Lag::Previous, PerGate::Layer, Divergence::Student, Trains::Full),
+        ("llama", Lag::Previous, PerGate::Head, Divergence::Teacher, Trains::Lora { rank: 3 }),
+        ("qwen2", Lag::Previous, PerGate::Head, Divergence::Student, Trains::Lora { rank: 2 }),
     ] {
         let model = model(family);
         let gates = GateSpec { window: 3, lag, per, disable: false };
-        let trainee = Trainee::new(&model, gates, 1.0, 0.5);
+        let trainee = Trainee::new(&model, gates, 1.0, 0.5).training(trains);
         let batch = batch(2, 24);
         // Without the compression loss, whose gradient is straight-through and no slope of anything.
-        let objective = Objective { tau: 1.0, evicted: 0.0, compression: 0.0, divergence };
+        let objective = Objective { tau: 1.0, evicted: 0.0, compression: 0.0, divergence, activations: 0 };
         let noise = |layer: usize| trainee.noise(&batch, 100 + layer as u64);
         let mut rng = StdRng::seed_from_u64(23);
-        let fresh = trainee.fresh().unwrap();
+        let fresh = trainee.fresh(31).unwrap();
         let params: Named = fresh
             .into_iter()
             .map(|(name, p)| {
-                let noise = random(&mut rng, p.dims(), 0.4);
+                // Weights stay near what they are.
+                let noise = random(&mut rng, p.dims(), if name.starts_with("layers.") { 0.05 } else { 0.4 });
                 (name, (p + noise).unwrap())
             })
             .collect();
         let (gradients, losses) = trainee.gradients(&params, &batch, &objective, noise).unwrap();
         assert!(losses.divergence.to_scalar::<f32>().unwrap() > 1e-3);
+        // What is kept for the way back is what would be computed again; all of it, and some of it.
+        for activations in [usize::MAX, 100_000] {
+            let kept = Objective { activations, ..objective };
+            let (kept, _) = trainee.gradients(&params, &batch, &kept, noise).unwrap();
+            assert_eq!(numbers(&kept), numbers(&gradients));
+        }
         let loss = |params: &Named| {
             let (_, losses) = trainee.gradients(params, &batch, &objective, noise).unwrap();
             losses.divergence.to_scalar::<f32>().unwrap() as f64
@@ -168,6 +177,8 @@ fn settings(steps: u64) -> RunConfig {
         divergence: Divergence::Student,
         sequences: 4,
         at_a_time: 3,
+        weights_rate: 0.1,
+        activations: 0,
         save_every: 4,
         seed: 1,
         optimizer: AdamWConfig::default(),
@@ -219,6 +230,32 @@ fn training_goes_on_where_it_stopped() {
     assert_eq!(again.iter().map(|r| r.step).collect::<Vec<_>>(), [5, 6, 7, 8, 9, 10]);
     assert_eq!(numbers(&whole.unwrap()), numbers(&resumed.unwrap()));
     assert_eq!(records[9].divergence, again[5].divergence);
+}
+
+#[test]
+fn weights_learn_what_gates_forget() {
+    let model = model("llama");
+    let config = RunConfig { weights_rate: 0.3, ..settings(80) };
+    let batches = [Repeats.batch(1000..1008, 32, &Device::Cpu).unwrap()];
+    let divergence = |trains: Trains| {
+        let dir = tempfile::tempdir().unwrap();
+        let trainee = Trainee::new(&model, config.gates(), config.scale, config.offset).training(trains);
+        let params =
+            run(&trainee, &Repeats, &config, dir.path(), false, &mut Log { records: vec![], most: 100 }).unwrap();
+        let found = trainee.evaluate(&batches, Judged::Gates(&params)).unwrap();
+        save_weights(dir.path(), &trainee, &params).unwrap();
+        let mut files: Vec<String> =
+            std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        files.sort();
+        (found.kl / (found.compression - 1.0), files)
+    };
+    let (gates, files) = divergence(Trains::Gates);
+    assert_eq!(files, ["checkpoint.safetensors"]);
+    let (lora, files) = divergence(Trains::Lora { rank: 8 });
+    assert_eq!(files, ["adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors"]);
+    let (full, files) = divergence(Trains::Full);
+    assert_eq!(files, ["checkpoint.safetensors", "weights.safetensors"]);
+    assert!(lora < 0.8 * gates && full < 0.8 * gates, "{gates} gates, {lora} lora, {full} full");
 }
 
 #[test]

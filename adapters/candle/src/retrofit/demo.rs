@@ -30,10 +30,10 @@ pub const CONFIG: &str = r#"{
   "num_hidden_layers": 4,
   "num_attention_heads": 8,
   "num_key_value_heads": 4,
-  "head_dim": 32,
+  "head_dim": 64,
   "vocab_size": 257,
   "rms_norm_eps": 1e-5,
-  "rope_theta": 10000.0,
+  "rope_theta": 1000000.0,
   "max_position_embeddings": 2048,
   "tie_word_embeddings": true,
   "hidden_act": "silu",
@@ -163,7 +163,7 @@ pub fn train_demo(config: &DemoConfig, device: &Device, dir: &Path, observer: &m
     while let Some(now) = next {
         let step = optimizer.steps();
         let (gradients, loss) = next_token_gradients(&model, &now)?;
-        let norm = optimizer.step(&gradients, config.rate.at(step))?;
+        let norm = optimizer.step(&gradients, |_| config.rate.at(step))?;
         model.set_parameters(optimizer.params())?;
         next = batch(step + 1)?;
         tokens += (now.sequences * now.length) as u64;

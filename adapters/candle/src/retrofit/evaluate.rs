@@ -104,8 +104,12 @@ impl Trainee<'_> {
             Judged::Gates(_) => self.gates.window as usize,
             Judged::Window { size, .. } => size.saturating_sub(1),
         };
-        let pass = Pass::new(self.model(), batch.sequences, batch.length, window)?;
-        let teacher = self.dense(&pass, batch)?;
+        let teacher = self.dense(batch)?;
+        let student = match judged {
+            Judged::Gates(params) => self.student(params)?,
+            Judged::Dense | Judged::Window { .. } => self.model().clone(),
+        };
+        let pass = Pass::new(&student, batch.sequences, batch.length, window)?;
         let mut x = pass.embed(&batch.tokens)?;
         for (layer, live) in live.iter_mut().enumerate() {
             let keep = self.keep(batch, judged, layer, &x)?;

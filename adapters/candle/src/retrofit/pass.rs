@@ -31,6 +31,15 @@ pub(super) struct Activations {
     gate_up: Tensor,     // [tokens, 2 ffn]
 }
 
+impl Activations {
+    /// What they take.
+    pub(super) fn bytes(&self) -> usize {
+        let Self { normed, raw, qkv, lse, attended, middle, mlp_normed, gate_up } = self;
+        let all = [normed, qkv, lse, attended, middle, mlp_normed, gate_up].into_iter().chain(raw);
+        all.map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+    }
+}
+
 /// Gradients of a block.
 pub(super) struct BlockGrads {
     /// With respect to its input: `[tokens, hidden]`.

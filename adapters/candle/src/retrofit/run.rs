@@ -2,9 +2,9 @@
 
 use super::{
     evaluate::{Evaluation, Judged},
-    save::{Checkpoint, save_gates},
+    save::{Checkpoint, save_gates, save_weights},
     text::Source,
-    trainee::{Batch, Divergence, Losses, Objective, Trainee},
+    trainee::{Batch, Divergence, Losses, Objective, Trainee, is_gate},
 };
 use crate::error::{Error, Result};
 use candle_core::Tensor;
@@ -24,8 +24,10 @@ use std::{
 pub struct RunConfig {
     /// Compression.
     pub schedule: Schedule,
-    /// Steps and learning rate.
+    /// Steps and learning rate of the gates.
     pub rate: Rate,
+    /// Learning rate of what learns beside them, over theirs.
+    pub weights_rate: f64,
     /// Whether heads decide for themselves.
     pub per: PerGate,
     /// Factor of decision logits.
@@ -42,6 +44,8 @@ pub struct RunConfig {
     pub sequences: usize,
     /// Sequences at a time; gradients of a step are summed up.
     pub at_a_time: usize,
+    /// Bytes of activations to keep for the backward pass: speed for memory.
+    pub activations: usize,
     /// Steps from one checkpoint to the next.
     pub save_every: u64,
     /// Chooses noise; the corpus has its own seed.
@@ -93,13 +97,14 @@ impl RunConfig {
     }
 
     /// What a checkpoint must have in common with a training that goes on from it.
-    fn settings(&self, source: &dyn Source) -> Value {
+    fn settings(&self, trainee: &Trainee, source: &dyn Source) -> Value {
         let Schedule { context, window, target, anneal } = self.schedule;
         let Rate { peak, warmup, steps } = self.rate;
         let AdamWConfig { beta1, beta2, eps, weight_decay, clip } = self.optimizer;
         json!({
             "context": context, "window": window, "target-cr": target, "anneal": anneal, "steps": steps,
-            "warmup": warmup, "rate": peak, "per": format!("{:?}", self.per), "scale": self.scale,
+            "warmup": warmup, "rate": peak, "trains": format!("{:?}", trainee.trains()),
+            "weights-rate": self.weights_rate, "per": format!("{:?}", self.per), "scale": self.scale,
             "offset": self.offset, "tau": self.tau, "compression": self.compression,
             "divergence": format!("{:?}", self.divergence), "sequences": self.sequences,
             "at-a-time": self.at_a_time, "seed": self.seed,
@@ -114,17 +119,17 @@ impl RunConfig {
     pub fn check(&self) -> Result<()> {
         self.schedule.check()?;
         self.rate.check()?;
-        let Self { sequences, at_a_time, save_every, scale, offset, tau, compression, .. } = *self;
+        let Self { sequences, at_a_time, save_every, scale, offset, tau, compression, weights_rate, .. } = *self;
         if sequences == 0 || at_a_time == 0 || save_every == 0 {
             return Err(Error::Model(format!(
                 "sequences={sequences}, at-a-time={at_a_time}, save-every={save_every}: 1 or more"
             )));
         }
-        let positive = [tau, scale].iter().all(|x| x.is_finite() && *x > 0.0);
+        let positive = [tau, scale, weights_rate].iter().all(|x| x.is_finite() && *x > 0.0);
         if !(positive && offset.is_finite() && compression.is_finite() && compression >= 0.0) {
             return Err(Error::Model(format!(
-                "tau={tau}, scale={scale}, offset={offset}, compression={compression}: tau and scale above 0, the weight of \
-                 the compression loss not below it"
+                "tau={tau}, scale={scale}, weights-rate={weights_rate}, offset={offset}, compression={compression}: tau, \
+                 scale and rates above 0, the weight of the compression loss not below it"
             )));
         }
         Ok(())
@@ -147,8 +152,8 @@ pub fn run(
 ) -> Result<Named> {
     config.check()?;
     source.check(config.schedule.context)?;
-    let mut optimizer = AdamW::new(config.optimizer, trainee.fresh()?)?;
-    let settings = config.settings(source);
+    let mut optimizer = AdamW::new(config.optimizer, trainee.fresh(config.seed)?)?;
+    let settings = config.settings(trainee, source);
     if resume {
         let checkpoint = Checkpoint::load(dir)?;
         same_settings(&checkpoint.settings, &settings)?;
@@ -161,7 +166,7 @@ pub fn run(
     while let Some(now) = next {
         let step = optimizer.steps();
         let (gradients, losses) = config.gradients(trainee, optimizer.params(), &now, step)?;
-        let gradient = optimizer.step(&gradients, config.rate.at(step))?;
+        let gradient = optimizer.step(&gradients, |name| config.rate_of(name, step))?;
         // While the device works on this step: the text of the next.
         next = batches(step + 1)?;
         let record = config.record(step, &losses, &gradient, started)?;
@@ -192,10 +197,16 @@ pub fn finish(
     let found = serde_json::to_value(&evaluation).map_err(|e| Error::file(dir, e))?;
     about.insert("kvpolicy_evaluation".into(), found);
     save_gates(dir, trainee, params, about)?;
+    save_weights(dir, trainee, params)?;
     Ok(evaluation)
 }
 
 impl RunConfig {
+    fn rate_of(&self, name: &str, step: u64) -> f64 {
+        let rate = self.rate.at(step);
+        if is_gate(name) { rate } else { rate * self.weights_rate }
+    }
+
     /// The sequences of a step, in the portions that are taken at a time.
     fn batches(&self, source: &dyn Source, step: u64, trainee: &Trainee) -> Result<Vec<Batch>> {
         let (first, all) = (step * self.sequences as u64, self.sequences as u64);
@@ -215,6 +226,7 @@ impl RunConfig {
             evicted: self.schedule.evicted(step + 1),
             compression: self.compression,
             divergence: self.divergence,
+            activations: self.activations,
         };
         let layers = trainee.model().config().layers as u64;
         let (mut sum, mut losses): (Named, Vec<Tensor>) = Default::default();

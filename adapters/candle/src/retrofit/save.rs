@@ -1,7 +1,13 @@
 //! Files: gates to use, and checkpoints to go on from.
 
-use super::trainee::Trainee;
-use crate::error::{Error, Result};
+use super::{
+    student::{LORA_SCALE, Trains, factors},
+    trainee::{Trainee, is_gate},
+};
+use crate::{
+    config::Config,
+    error::{Error, Result},
+};
 use candle_core::{DType, Device};
 use kvpolicy::{PerGate, retrofit::Named};
 use safetensors::SafeTensors;
@@ -23,12 +29,56 @@ const SETTINGS: &str = "kvpolicy.settings";
 pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<String, Value>) -> Result<PathBuf> {
     create(dir)?;
     let path = dir.join("gates.safetensors");
-    write(&path, &rounded(params)?, None)?;
+    let gates = params.iter().filter(|(name, _)| is_gate(name)).map(|(name, gate)| (name.clone(), gate.clone()));
+    write(&path, &rounded(&gates.collect())?, None)?;
     let mut config = dms_fields(trainee);
     config.extend(about);
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(dir, e))?;
     replace(&dir.join("config.json"), |temporary| fs::write(temporary, text + "\n"))?;
     Ok(path)
+}
+
+/// Writes what learned beside the gates: the weights of the blocks as `weights.safetensors`, bf16, by the names of Hugging
+/// Face; or a LoRA as the library PEFT reads it, `adapter_model.safetensors` and `adapter_config.json`.
+///
+/// # Errors
+/// [`Error::File`] naming the file that cannot be written.
+pub fn save_weights(dir: &Path, trainee: &Trainee, params: &Named) -> Result<()> {
+    match trainee.trains() {
+        Trains::Gates => Ok(()),
+        Trains::Full => {
+            let mut weights = trainee.student(params)?.hf_tensors()?;
+            weights.retain(|name, _| name.starts_with("model.layers."));
+            write(&dir.join("weights.safetensors"), &rounded(&weights)?, None)
+        }
+        Trains::Lora { rank } => {
+            write(&dir.join("adapter_model.safetensors"), &peft_tensors(trainee.model().config(), params)?, None)?;
+            let config = json!({
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": LORA_SCALE * rank as f64,
+                "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": false, "inference_mode": true,
+                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            });
+            replace(&dir.join("adapter_config.json"), |temporary| fs::write(temporary, format!("{config:#}\n")))
+        }
+    }
+}
+
+/// A LoRA by the names of PEFT, f32: projections that share their input have A in common there, here each has a copy.
+fn peft_tensors(config: &Config, params: &Named) -> Result<Named> {
+    let mut all = Named::new();
+    for layer in 0..config.layers {
+        for (joined, parts) in config.projections() {
+            let (a, b) = factors(params, &format!("layers.{layer}.{joined}"))?;
+            let mut from = 0;
+            for (part, rows) in parts {
+                let name = |factor: &str| format!("base_model.model.model.layers.{layer}.{part}.{factor}.weight");
+                all.insert(name("lora_A"), a.clone());
+                all.insert(name("lora_B"), b.narrow(0, from, rows)?.contiguous()?);
+                from += rows;
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// The `dms_*` fields of a configuration, NVIDIA's names.

@@ -1,6 +1,6 @@
 //! A model with gates that learn: the losses of a batch and their gradients.
 
-use super::pass::Pass;
+use super::{pass::Pass, student::Trains};
 use crate::{
     error::{Error, Result},
     model::Model,
@@ -32,6 +32,8 @@ pub struct Objective {
     pub compression: f64,
     /// Direction of the divergence.
     pub divergence: Divergence,
+    /// Bytes of activations to keep for the backward pass; blocks beyond them are computed once more.
+    pub activations: usize,
 }
 
 /// Sequences of equal length, end to end, where the model is.
@@ -72,6 +74,7 @@ pub struct Losses {
 #[derive(Debug)]
 pub struct Trainee<'a> {
     model: &'a Model,
+    trains: Trains,
     /// Window, lag and whether heads decide for themselves.
     pub gates: GateSpec,
     /// Factor of decision logits.
@@ -86,9 +89,19 @@ pub(super) fn rows_at_a_time(vocab: usize) -> usize {
 }
 
 impl<'a> Trainee<'a> {
-    /// `model`: with dense weights.
+    /// `model`: with dense weights, which stay.
     pub fn new(model: &'a Model, gates: GateSpec, scale: f64, offset: f64) -> Self {
-        Self { model, gates, scale, offset }
+        Self { model, trains: Trains::Gates, gates, scale, offset }
+    }
+
+    /// More learns than the gates.
+    pub fn training(self, trains: Trains) -> Self {
+        Self { trains, ..self }
+    }
+
+    /// What learns.
+    pub fn trains(&self) -> Trains {
+        self.trains
     }
 
     /// The dense model.
@@ -96,13 +109,13 @@ impl<'a> Trainee<'a> {
         self.model
     }
 
-    /// Adapters that evict nothing yet, f32, by the names of NVIDIA's layout.
+    /// Adapters that evict nothing yet, f32, by the names of NVIDIA's layout, and what else learns.
     ///
     /// # Errors
-    /// Those of the tensor library.
-    pub fn fresh(&self) -> Result<Named> {
+    /// Those of the tensor library; quantized weights that are to learn.
+    pub fn fresh(&self, seed: u64) -> Result<Named> {
         let (config, device) = (self.model.config(), self.model.device());
-        let mut named = Named::new();
+        let mut named = self.trains.fresh(self.model, seed)?;
         for layer in 0..config.layers {
             let [norm, weight] = names(layer);
             named.insert(norm, Tensor::ones(config.hidden, DType::F32, device)?);
@@ -134,18 +147,22 @@ impl<'a> Trainee<'a> {
         objective: &Objective,
         noise: impl Fn(usize) -> Result<Tensor>,
     ) -> Result<(Named, Losses)> {
-        let pass = Pass::new(self.model, batch.sequences, batch.length, self.gates.window as usize)?;
         let layers = self.model.config().layers;
-        let teacher = self.dense(&pass, batch)?;
+        let teacher = self.dense(batch)?;
+        let student = self.student(params)?;
+        let pass = Pass::new(&student, batch.sequences, batch.length, self.gates.window as usize)?;
 
         let mut x = pass.embed(&batch.tokens)?;
         let (mut inputs, mut evicted, mut soft) = (Vec::with_capacity(layers), vec![], vec![]);
+        let mut room = objective.activations;
         for layer in 0..layers {
             let gates = self.soft(params, layer, &x, batch, objective, &noise)?;
             evicted.push(gates.evicted()?);
             soft.push(gates.soft()?);
-            let after = pass.forward(layer, &x, Some(&gates.keep()?))?.0;
-            inputs.push(std::mem::replace(&mut x, after));
+            let (after, on_the_way) = pass.forward(layer, &x, Some(&gates.keep()?))?;
+            let kept = on_the_way.bytes() <= room;
+            room -= if kept { on_the_way.bytes() } else { 0 };
+            inputs.push((std::mem::replace(&mut x, after), kept.then_some(on_the_way)));
         }
         let mean = |all: &[Tensor]| -> Result<Tensor> { Ok(Tensor::stack(all, 0)?.mean(0)?) };
         let (evicted, soft) = (mean(&evicted)?, mean(&soft)?);
@@ -154,11 +171,16 @@ impl<'a> Trainee<'a> {
         let evicted_grad = (evicted_grad * (objective.compression / layers as f64))?;
 
         let mut gradients = Named::new();
-        for (layer, x) in inputs.into_iter().enumerate().rev() {
+        for (layer, (x, on_the_way)) in inputs.into_iter().enumerate().rev() {
             let gates = self.soft(params, layer, &x, batch, objective, &noise)?;
             let keep = gates.keep()?;
-            let (_, on_the_way) = pass.forward(layer, &x, Some(&keep))?;
-            let block = pass.backward(layer, &x, Some(&keep), &on_the_way, &x_grad, false)?;
+            let on_the_way = match on_the_way {
+                Some(kept) => kept,
+                None => pass.forward(layer, &x, Some(&keep))?.1,
+            };
+            let learns = self.trains != Trains::Gates;
+            let block = pass.backward(layer, &x, Some(&keep), &on_the_way, &x_grad, learns)?;
+            self.trains.gradients(params, block.weights, &mut gradients)?;
             let logits = gates.backward(&block.keep, &evicted_grad)?;
             x_grad = self.gate_backward(params, layer, &x, &logits, &block.x, &mut gradients)?;
         }
@@ -166,8 +188,17 @@ impl<'a> Trainee<'a> {
         Ok((gradients, losses))
     }
 
+    /// The model that parameters make.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if one is missing or of another shape.
+    pub fn student(&self, params: &Named) -> Result<Model> {
+        self.trains.student(self.model, params)
+    }
+
     /// The normed states of the model without gates.
-    pub(super) fn dense(&self, pass: &Pass, batch: &Batch) -> Result<Tensor> {
+    pub(super) fn dense(&self, batch: &Batch) -> Result<Tensor> {
+        let pass = Pass::new(self.model, batch.sequences, batch.length, batch.length)?;
         let mut x = pass.embed(&batch.tokens)?;
         for layer in 0..self.model.config().layers {
             x = pass.forward(layer, &x, None)?.0;
@@ -257,4 +288,9 @@ impl<'a> Trainee<'a> {
 /// A layer's norm and weight.
 pub(super) fn names(layer: usize) -> [String; 2] {
     ["dms_proj_alpha_norm.weight", "dms_proj_alpha.weight"].map(|part| format!("model.layers.{layer}.self_attn.{part}"))
+}
+
+/// Whether a parameter is one of [`names`].
+pub(super) fn is_gate(name: &str) -> bool {
+    name.contains(".dms_proj_alpha")
 }

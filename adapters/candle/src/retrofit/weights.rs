@@ -11,6 +11,20 @@ use crate::{
 use candle_core::{DType, Tensor};
 use kvpolicy::retrofit::Named;
 
+impl Config {
+    /// The projections of a block as they are joined here: the name, and the parts by their Hugging Face names with the rows
+    /// of each.
+    pub(super) fn projections(&self) -> [(&'static str, Vec<(&'static str, usize)>); 4] {
+        let (q, kv) = (self.q_heads * self.head_dim, self.kv_heads * self.head_dim);
+        [
+            ("qkv", vec![("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]),
+            ("o", vec![("self_attn.o_proj", self.hidden)]),
+            ("gate_up", vec![("mlp.gate_proj", self.ffn), ("mlp.up_proj", self.ffn)]),
+            ("down", vec![("mlp.down_proj", self.hidden)]),
+        ]
+    }
+}
+
 impl Model {
     /// Its weights, f32, by their place: `embedding`, `norm`, `output` (unless it is the embedding) and
     /// `layers.N.PART`, projections of the same input joined.
