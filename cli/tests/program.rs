@@ -14,6 +14,10 @@ use std::{
 use tempfile::TempDir;
 use tiny::{HEADS, HIDDEN, Tiny};
 
+fn tiny() -> Tiny {
+    Tiny::new("llama", 2, HIDDEN / HEADS, true, json!({}))
+}
+
 /// A folder with a tiny model and a text.
 struct Bench {
     dir: TempDir,
@@ -22,7 +26,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Tiny::new("llama", 2, HIDDEN / HEADS, true, json!({})).write_gguf(&dir.path().join("m.gguf"), GgmlDType::Q8_0);
+        tiny().write_gguf(&dir.path().join("m.gguf"), GgmlDType::Q8_0);
         let text: String =
             (0..400).map(|i| format!("Sentence {i} speaks of the number {}. ", i * 7919 % 997)).collect();
         std::fs::write(dir.path().join("t.txt"), text).unwrap();
@@ -185,6 +189,26 @@ fn retrofit_trains_gates_that_can_be_used() {
     refused(&["--facts", "2"], "facts=2");
     refused(&["--tau", "0"], "tau=0");
     assert_eq!(log(&dir), before, "what is refused leaves the log alone");
+}
+
+#[test]
+fn export_writes_a_folder_that_runs() {
+    let bench = Bench::new();
+    tiny().write_gates(&bench.path("gates"));
+    let said = succeeded(&bench.run("export", &["--gates", "gates", "--layout", "nvidia", "--out", "out"]));
+    assert!(said.contains("out") && said.contains("4 of gates, layout nvidia"), "{said}");
+    let text = |args: &[&str]| {
+        let rest = ["--prompt", "Sentence 7 speaks", "--max-tokens", "12"];
+        succeeded(&program(&bench.dir, &[&["generate"], args, &rest[..]].concat()))
+    };
+    let of_file = ["--model", "m.gguf", "--dequantize", "--policy", "dms:weights=gates/gates.safetensors"];
+    assert_eq!(text(&["--model", "out", "--policy", "dms"]), text(&of_file));
+    bench.fails("export", &["--gates", "gates", "--out", "out"], &["out", "not empty"]);
+    bench.fails("export", &["--out", "new"], &["m.gguf", "no gates", "retrofit"]);
+    bench.fails("export", &["--gates", "gates", "--layout", "shisa", "--out", "new"], &["adapter", "nvidia"]);
+    bench.fails("export", &["--gates", "nowhere", "--out", "new"], &["nowhere"]);
+    bench.fails("export", &["--gates", "gates"], &["--out"]);
+    assert!(!bench.path("new").exists());
 }
 
 /// Problems are made up in bytes; where tokens have more of them, and a template or a text is no help.

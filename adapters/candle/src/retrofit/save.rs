@@ -1,12 +1,16 @@
 //! Files: gates to use, and checkpoints to go on from.
 
 use super::trainee::Trainee;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    gates,
+};
 use candle_core::{DType, Device};
 use kvpolicy::{PerGate, retrofit::Named};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
@@ -22,7 +26,7 @@ const SETTINGS: &str = "kvpolicy.settings";
 /// [`Error::File`] naming the file that cannot be written.
 pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<String, Value>) -> Result<PathBuf> {
     create(dir)?;
-    let path = dir.join("gates.safetensors");
+    let path = dir.join(gates::FILE);
     write(&path, &rounded(params)?, None)?;
     let mut config = dms_fields(trainee);
     config.extend(about);
@@ -48,12 +52,13 @@ pub fn dms_fields(trainee: &Trainee) -> Map<String, Value> {
     fields.map(|(name, value)| (name.to_string(), value)).into_iter().collect()
 }
 
-/// Writes a model folder: bf16 tensors by their Hugging Face names, `config.json` and `tokenizer.json`.
-pub(super) fn write_model(dir: &Path, tensors: &Named, config: &str, tokenizer: &str) -> Result<()> {
+/// Writes a model folder: bf16 tensors by their Hugging Face names, and other files by their names.
+pub(crate) fn write_model(dir: &Path, tensors: &Named, files: &[(&str, Cow<[u8]>)]) -> Result<()> {
     create(dir)?;
-    write(&dir.join("model.safetensors"), &rounded(tensors)?, None)?;
-    replace(&dir.join("config.json"), |temporary| fs::write(temporary, config))?;
-    replace(&dir.join("tokenizer.json"), |temporary| fs::write(temporary, tokenizer))
+    // transformers takes no file that does not say whose tensors it has.
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    write(&dir.join("model.safetensors"), &rounded(tensors)?, Some(metadata))?;
+    files.iter().try_for_each(|(name, bytes)| replace(&dir.join(name), |temporary| fs::write(temporary, bytes)))
 }
 
 fn rounded(tensors: &Named) -> Result<Named> {

@@ -9,7 +9,7 @@ use crate::{
     weights::Matrix,
 };
 use candle_core::{DType, Tensor};
-use kvpolicy::retrofit::Named;
+use kvpolicy::{RopeLayout, retrofit::Named};
 
 impl Model {
     /// Its weights, f32, by their place: `embedding`, `norm`, `output` (unless it is the embedding) and
@@ -68,7 +68,8 @@ impl Model {
         Ok(all)
     }
 
-    /// Its weights by the names of Hugging Face.
+    /// Its weights by the names of Hugging Face, and in its order: the rows of q and k that RoPE turns together, which llama
+    /// files of GGUF have side by side, are half a head apart.
     ///
     /// # Errors
     /// [`Error::Model`] if they are quantized.
@@ -89,7 +90,7 @@ impl Model {
             let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
             let gate_up = [("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)];
             let whole = |tensor: &Tensor| tensor.dims()[0];
-            split(dense(&block.qkv)?, "weight", &qkv)?;
+            split(&self.half_split(dense(&block.qkv)?)?, "weight", &qkv)?;
             for (linear, parts) in [
                 (&block.gate_up, &gate_up[..]),
                 (&block.o, &[("self_attn.o_proj", self.config().hidden)]),
@@ -98,7 +99,7 @@ impl Model {
                 split(dense(&linear.matrix)?, "weight", parts)?;
                 linear.bias.iter().try_for_each(|bias| split(bias, "bias", parts))?;
             }
-            block.heads.bias.iter().try_for_each(|bias| split(bias, "bias", &qkv))?;
+            block.heads.bias.iter().try_for_each(|bias| split(&self.half_split(bias)?, "bias", &qkv))?;
             for (part, tensor) in [("self_attn.q_norm", &block.heads.q_norm), ("self_attn.k_norm", &block.heads.k_norm)]
             {
                 tensor.iter().try_for_each(|tensor| split(tensor, "weight", &[(part, whole(tensor))]))?;
@@ -112,6 +113,19 @@ impl Model {
             all.insert("lm_head.weight".into(), dense(&self.output.matrix)?.clone());
         }
         Ok(all)
+    }
+
+    /// Rows of q, k and v, `[(q_heads + 2 kv_heads) * head_dim, ..]`, in the order of Hugging Face.
+    fn half_split(&self, qkv: &Tensor) -> Result<Tensor> {
+        let Config { q_heads, kv_heads, head_dim, .. } = *self.config();
+        if self.config().rope.layout == RopeLayout::HalfSplit {
+            return Ok(qkv.clone());
+        }
+        let rotated = (q_heads + kv_heads) * head_dim;
+        let (rows, others) = (qkv.narrow(0, 0, rotated)?, qkv.narrow(0, rotated, kv_heads * head_dim)?);
+        // [heads, pair, which of the two, ..] to [heads, which of the two, pair, ..]
+        let pairs = rows.reshape((q_heads + kv_heads, head_dim / 2, 2, ()))?.transpose(1, 2)?.contiguous()?;
+        Ok(Tensor::cat(&[pairs.reshape(rows.shape())?, others], 0)?)
     }
 }
 
