@@ -12,6 +12,8 @@ mod compare;
 mod export;
 mod generate;
 mod model;
+#[cfg(feature = "plot")]
+mod plot;
 mod policies;
 mod retrofit;
 mod table;
@@ -43,6 +45,9 @@ enum Command {
     Export(export::Args),
     /// Train the embedded model from nothing, and its gates.
     TrainDemo(train_demo::Args),
+    /// Draw the curves of trainings.
+    #[cfg(feature = "plot")]
+    Plot(plot::Args),
     /// Measure kernels and whole models of random weights on a GPU.
     #[cfg(feature = "cuda")]
     Bench(bench::Args),
@@ -57,6 +62,8 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Retrofit(args) => retrofit::run(&args),
         Command::Export(args) => export::run(&args),
         Command::TrainDemo(args) => train_demo::run(&args),
+        #[cfg(feature = "plot")]
+        Command::Plot(args) => plot::run(&args),
         #[cfg(feature = "cuda")]
         Command::Bench(args) => bench::run(&args, &registry),
     };
