@@ -201,8 +201,9 @@ fn export_writes_a_folder_that_runs() {
         let rest = ["--prompt", "Sentence 7 speaks", "--max-tokens", "12"];
         succeeded(&program(&bench.dir, &[&["generate"], args, &rest[..]].concat()))
     };
-    let of_file = ["--model", "m.gguf", "--dequantize", "--policy", "dms:weights=gates/gates.safetensors"];
-    assert_eq!(text(&["--model", "out", "--policy", "dms"]), text(&of_file));
+    let exported = text(&["--model", "out", "--policy", "dms"]);
+    assert_eq!(exported, text(&["--model", "out", "--policy", "dms:weights=gates/gates.safetensors"]));
+    assert_ne!(exported, text(&["--model", "out", "--policy", "full"]));
     bench.fails("export", &["--gates", "gates", "--out", "out"], &["out", "not empty"]);
     bench.fails("export", &["--out", "new"], &["m.gguf", "no gates", "retrofit"]);
     bench.fails("export", &["--gates", "gates", "--layout", "shisa", "--out", "new"], &["adapter", "nvidia"]);
