@@ -5,14 +5,17 @@ use kvpolicy_candle::retrofit::StepRecord;
 use plotters::{
     coord::Shift,
     prelude::{
-        BLACK, ChartBuilder, Color, DrawingArea, IntoDrawingArea, IntoFont, LineSeries, Palette, Palette99,
-        PathElement, RGBAColor, SVGBackend, SeriesLabelPosition, ShapeStyle, WHITE,
+        BLACK, ChartBuilder, Color, DrawingArea, IntoDrawingArea, LineSeries, Palette, Palette99, PathElement,
+        RGBAColor, SVGBackend, SeriesLabelPosition, ShapeStyle, WHITE,
     },
 };
 use std::path::{Path, PathBuf};
 
 /// Of the picture, in pixels.
 const SIZE: (u32, u32) = (960, 720);
+
+/// Whatever a viewer has without serifs.
+const FONT: (&str, u32) = ("sans-serif", 15);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -75,15 +78,16 @@ impl Run {
     }
 
     fn divergence(&self, colour: RGBAColor) -> Curve {
-        Curve { points: self.points(|step| step.divergence), colour, label: Some(self.name.clone()) }
+        Curve { points: self.points(|step| step.divergence), colour, label: None }
     }
 
     fn compression(&self, colour: RGBAColor) -> [Curve; 3] {
         let curve = |points, colour| Curve { points, colour, label: None };
+        let hard = curve(self.points(|step| step.compression), colour);
         [
             curve(self.points(|step| step.target), BLACK.mix(0.6)),
             curve(self.points(|step| self.soft(step)), colour.mix(0.35)),
-            curve(self.points(|step| step.compression), colour),
+            Curve { label: Some(self.name.clone()), ..hard },
         ]
     }
 }
@@ -108,12 +112,12 @@ fn chart(area: &DrawingArea<SVGBackend, Shift>, title: &str, curves: &[Curve]) -
     let largest = |of: fn(&(f64, f64)) -> f64| curves.iter().flat_map(|c| &c.points).map(of).fold(1e-6, f64::max);
     let (right, top) = (largest(|point| point.0), largest(|point| point.1) * 1.05);
     let mut chart = ChartBuilder::on(area)
-        .caption(title, ("sans-serif", 16).into_font())
+        .caption(title, FONT)
         .margin(8)
         .x_label_area_size(28)
         .y_label_area_size(52)
         .build_cartesian_2d(0.0..right, 0.0..top)?;
-    chart.configure_mesh().light_line_style(WHITE.mix(0.0)).x_desc("step").draw()?;
+    chart.configure_mesh().light_line_style(WHITE.mix(0.0)).label_style(FONT).x_desc("step").draw()?;
     for Curve { points, colour, label } in curves {
         let style = ShapeStyle { color: *colour, filled: false, stroke_width: 1 };
         let series = chart.draw_series(LineSeries::new(points.iter().copied(), style))?;
@@ -122,8 +126,9 @@ fn chart(area: &DrawingArea<SVGBackend, Shift>, title: &str, curves: &[Curve]) -
         }
     }
     if curves.iter().any(|curve| curve.label.is_some()) {
-        let legend = &mut chart.configure_series_labels();
-        legend.position(SeriesLabelPosition::UpperLeft).background_style(WHITE.mix(0.8)).draw()?;
+        // Compression grows, which leaves this corner free.
+        let mut legend = chart.configure_series_labels();
+        legend.position(SeriesLabelPosition::LowerRight).label_font(FONT).background_style(WHITE.mix(0.8)).draw()?;
     }
     Ok(())
 }

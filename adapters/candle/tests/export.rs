@@ -209,10 +209,11 @@ fn interleaved_rows_are_put_half_a_head_apart() {
     for (part, heads) in [("q_proj", HEADS), ("k_proj", 2)] {
         let name = format!("model.layers.1.self_attn.{part}.weight");
         let (before, after) = (rows(&tiny.tensors[&name]), rows(&tensors[&name]));
-        for row in 0..heads * HEAD_DIM {
+        assert_eq!(after.len(), heads * HEAD_DIM);
+        for (row, after) in after.iter().enumerate() {
             let (head, at) = (row / HEAD_DIM, row % HEAD_DIM);
             let from = head * HEAD_DIM + 2 * (at % (HEAD_DIM / 2)) + at / (HEAD_DIM / 2);
-            assert_eq!(after[row], before[from], "{part} {row}");
+            assert_eq!(after, &before[from], "{part} {row}");
         }
     }
     let name = "model.layers.1.self_attn.v_proj.weight";
