@@ -172,6 +172,7 @@ fn retrofit_trains_gates_that_can_be_used() {
     assert!(table.contains("| gates |") && table.contains("| window |"), "{table}");
     let log = |dir: &tempfile::TempDir| std::fs::read_to_string(dir.path().join("out/train.jsonl")).unwrap();
     assert_eq!(log(&dir).lines().count(), 3);
+    assert_eq!(dir.path().join("out/train.svg").exists(), cfg!(feature = "plot"));
     let config = std::fs::read_to_string(dir.path().join("out/config.json")).unwrap();
     assert!(config.contains("\"dms_window_size\": 4") && config.contains("kvpolicy_model_sha256"), "{config}");
     let prompt =

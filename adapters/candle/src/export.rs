@@ -115,9 +115,9 @@ impl Export {
     /// family.
     ///
     /// # Errors
-    /// As [`Export::check`]; [`Error::Model`] if there are no gates, they are not of the layout asked for, or weights are
-    /// quantized; [`Error::File`] for gates or weights of another shape and for what cannot be written, which leaves no
-    /// part of the folder behind.
+    /// As [`Export::check`]; [`Error::Model`] if there are no gates, they are of another shape or layout, weights are
+    /// quantized, or `config.json` has no words for the model; [`Error::File`] for weights or adapters that do not fit, and
+    /// for what cannot be written: then what was written of the folder is taken back.
     pub fn run(&self, lm: &Lm) -> Result<Exported> {
         self.check()?;
         let chosen = self.chosen(lm)?;

@@ -220,6 +220,28 @@ fn interleaved_rows_are_put_half_a_head_apart() {
     assert_eq!(rows(&tensors[name]), rows(&tiny.tensors[name]));
 }
 
+/// Biases turn with their rows. Hugging Face's llama has them on all four projections or on none.
+#[test]
+fn biases_are_put_in_order_or_refused() {
+    let mut tiny = tiny("llama", true);
+    for (part, rows) in [("q_proj", HIDDEN), ("k_proj", 2 * HEAD_DIM), ("v_proj", 2 * HEAD_DIM)] {
+        let numbers: Vec<f32> = (0..rows).map(|i| ((i * 29 + 5) % 32) as f32 / 16.0 - 1.0).collect();
+        let bias = Tensor::new(numbers, &Device::Cpu).unwrap();
+        let name = |layer| format!("model.layers.{layer}.self_attn.{part}.bias");
+        tiny.tensors.extend((0..LAYERS).map(|layer| (name(layer), bias.clone())));
+    }
+    let place = Place::new();
+    place.refuses(&place.gguf(&tiny), &["no words", "q, k and v: true", "output: false"]);
+
+    let ones = Tensor::ones(HIDDEN, DType::F32, &Device::Cpu).unwrap();
+    let name = |layer| format!("model.layers.{layer}.self_attn.o_proj.bias");
+    tiny.tensors.extend((0..LAYERS).map(|layer| (name(layer), ones.clone())));
+    let lm = place.gguf(&tiny);
+    place.export(&lm, None).unwrap();
+    let off = furthest(&walk(&load(&place.path("out")), "full").0, &walk(&lm, "full").0);
+    assert!(off < 2e-4, "{off}");
+}
+
 #[test]
 fn scaled_frequencies_are_written_as_they_were_scaled() {
     let place = Place::new();
