@@ -9,8 +9,11 @@
 #[cfg(feature = "cuda")]
 mod bench;
 mod compare;
+mod export;
 mod generate;
 mod model;
+#[cfg(feature = "plot")]
+mod plot;
 mod policies;
 mod retrofit;
 mod table;
@@ -38,8 +41,13 @@ enum Command {
     Compare(compare::Args),
     /// Train DMS gates into a model, its weights frozen.
     Retrofit(retrofit::Args),
+    /// Write a model with its gates as a folder of Hugging Face's.
+    Export(export::Args),
     /// Train the embedded model from nothing, and its gates.
     TrainDemo(train_demo::Args),
+    /// Draw the curves of trainings.
+    #[cfg(feature = "plot")]
+    Plot(plot::Args),
     /// Measure kernels and whole models of random weights on a GPU.
     #[cfg(feature = "cuda")]
     Bench(bench::Args),
@@ -52,7 +60,10 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
         Command::Retrofit(args) => retrofit::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::TrainDemo(args) => train_demo::run(&args),
+        #[cfg(feature = "plot")]
+        Command::Plot(args) => plot::run(&args),
         #[cfg(feature = "cuda")]
         Command::Bench(args) => bench::run(&args, &registry),
     };

@@ -170,6 +170,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let batches = judged.batches(0..args.judged, config.at_a_time, args.context, lm.model().device())?;
     let evaluation = finish(&trainee, &params, &batches, &args.out, about(&lm, args)?)?;
     report(&trainee, &evaluation, &batches)?;
+    #[cfg(feature = "plot")]
+    crate::plot::draw(&[args.out.join("train.jsonl")], &args.out.join("train.svg"))?;
     eprintln!("gates: dms:weights={}", args.out.join("gates.safetensors").display());
     Ok(())
 }

@@ -14,6 +14,10 @@ use std::{
 use tempfile::TempDir;
 use tiny::{HEADS, HIDDEN, Tiny};
 
+fn tiny() -> Tiny {
+    Tiny::new("llama", 2, HIDDEN / HEADS, true, json!({}))
+}
+
 /// A folder with a tiny model and a text.
 struct Bench {
     dir: TempDir,
@@ -22,7 +26,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Tiny::new("llama", 2, HIDDEN / HEADS, true, json!({})).write_gguf(&dir.path().join("m.gguf"), GgmlDType::Q8_0);
+        tiny().write_gguf(&dir.path().join("m.gguf"), GgmlDType::Q8_0);
         let text: String =
             (0..400).map(|i| format!("Sentence {i} speaks of the number {}. ", i * 7919 % 997)).collect();
         std::fs::write(dir.path().join("t.txt"), text).unwrap();
@@ -168,6 +172,7 @@ fn retrofit_trains_gates_that_can_be_used() {
     assert!(table.contains("| gates |") && table.contains("| window |"), "{table}");
     let log = |dir: &tempfile::TempDir| std::fs::read_to_string(dir.path().join("out/train.jsonl")).unwrap();
     assert_eq!(log(&dir).lines().count(), 3);
+    assert_eq!(dir.path().join("out/train.svg").exists(), cfg!(feature = "plot"));
     let config = std::fs::read_to_string(dir.path().join("out/config.json")).unwrap();
     assert!(config.contains("\"dms_window_size\": 4") && config.contains("kvpolicy_model_sha256"), "{config}");
     let prompt =
@@ -185,6 +190,27 @@ fn retrofit_trains_gates_that_can_be_used() {
     refused(&["--facts", "2"], "facts=2");
     refused(&["--tau", "0"], "tau=0");
     assert_eq!(log(&dir), before, "what is refused leaves the log alone");
+}
+
+#[test]
+fn export_writes_a_folder_that_runs() {
+    let bench = Bench::new();
+    tiny().write_gates(&bench.path("gates"));
+    let said = succeeded(&bench.run("export", &["--gates", "gates", "--layout", "nvidia", "--out", "out"]));
+    assert!(said.contains("out") && said.contains("4 of gates, layout nvidia"), "{said}");
+    let text = |args: &[&str]| {
+        let rest = ["--prompt", "Sentence 7 speaks", "--max-tokens", "12"];
+        succeeded(&program(&bench.dir, &[&["generate"], args, &rest[..]].concat()))
+    };
+    let exported = text(&["--model", "out", "--policy", "dms"]);
+    assert_eq!(exported, text(&["--model", "out", "--policy", "dms:weights=gates/gates.safetensors"]));
+    assert_ne!(exported, text(&["--model", "out", "--policy", "full"]));
+    bench.fails("export", &["--gates", "gates", "--out", "out"], &["out", "not empty"]);
+    bench.fails("export", &["--out", "new"], &["m.gguf", "no gates", "retrofit"]);
+    bench.fails("export", &["--gates", "gates", "--layout", "shisa", "--out", "new"], &["adapter", "nvidia"]);
+    bench.fails("export", &["--gates", "nowhere", "--out", "new"], &["nowhere"]);
+    bench.fails("export", &["--gates", "gates"], &["--out"]);
+    assert!(!bench.path("new").exists());
 }
 
 /// Problems are made up in bytes; where tokens have more of them, and a template or a text is no help.

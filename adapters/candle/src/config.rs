@@ -1,5 +1,7 @@
 //! What a model is, from `config.json` or from GGUF metadata.
 
+mod json;
+
 use crate::error::{Error, Result};
 use candle_core::quantized::gguf_file::Value;
 use kvpolicy::{ModelSpec, Rope, RopeLayout};

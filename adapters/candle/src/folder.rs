@@ -42,7 +42,7 @@ impl Folder<'_> {
         }
     }
 
-    fn read(self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+    pub(crate) fn read(self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         self.blob(name).map_or(Ok(None), |blob| blob.read())
     }
 

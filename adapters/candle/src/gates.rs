@@ -16,7 +16,7 @@ use crate::{
     weights::Weights,
 };
 use candle_core::{DType, Device, Tensor};
-use kvpolicy::{GateSpec, Lag, PerGate};
+use kvpolicy::{GateSpec, Lag, PerGate, retrofit::Named};
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -39,6 +39,47 @@ enum Source {
     },
 }
 
+/// What a folder says of its gates.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Description {
+    /// The fields `dms_*` of `config.json`, and what else this project writes there.
+    Nvidia(Map<String, Value>),
+    /// `dms_metadata.json`.
+    Shisa(Map<String, Value>),
+}
+
+/// The tensors that a training writes.
+pub(crate) const FILE: &str = "gates.safetensors";
+
+/// Where gates are described for Shisa's programs.
+pub(crate) const SHISA_FILE: &str = "dms_metadata.json";
+
+/// Whether a field of `config.json` speaks of gates.
+pub(crate) fn is_field(name: &str) -> bool {
+    name.starts_with("dms_") || name.starts_with("kvpolicy_")
+}
+
+impl Description {
+    /// That of a folder, if it has gates.
+    ///
+    /// # Errors
+    /// [`Error::File`] for files that are no JSON objects.
+    pub(crate) fn of(folder: Folder) -> Result<Option<Self>> {
+        let read = |name: &str| -> Result<Option<Map<String, Value>>> {
+            let parsed = folder.text(name)?.map(|text| serde_json::from_str(&text)).transpose();
+            parsed.map_err(|e| Error::file(folder.path(name), e))
+        };
+        if let Some(shisa) = read(SHISA_FILE)? {
+            return Ok(Some(Self::Shisa(shisa)));
+        }
+        let Some(config) = read("config.json")?.filter(|config| config.keys().any(|key| key.starts_with("dms_")))
+        else {
+            return Ok(None);
+        };
+        Ok(Some(Self::Nvidia(config.into_iter().filter(|(key, _)| is_field(key)).collect())))
+    }
+}
+
 /// The description of gates, before their tensors are read.
 #[derive(Debug, Clone, PartialEq)]
 struct Layout {
@@ -59,31 +100,46 @@ impl Gates {
         matches!(self.source, Source::Borrowed { .. })
     }
 
-    /// Reads gates from a folder or a safetensors file with its `config.json` beside it.
+    /// Reads gates from a folder (of a model, or as a training writes it) or a safetensors file with its `config.json`
+    /// beside it.
     ///
     /// # Errors
     /// [`Error::File`] if there is no description of gates or a tensor is missing.
     pub fn load(path: &Path, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
-        let (folder, files) = if path.is_dir() {
-            (Folder::Disk(path), Folder::Disk(path).weights()?)
-        } else {
-            (Folder::Disk(path.parent().unwrap_or(Path::new("."))), vec![Blob::Disk(path.to_path_buf())])
+        let folder = Folder::Disk(Self::folder(path));
+        let layout = Layout::of(folder)?.ok_or_else(|| not_described(path))?;
+        let trained = path.join(FILE);
+        let files = match path {
+            _ if !layout.adapter => vec![],
+            file if !file.is_dir() => vec![Blob::Disk(file.to_path_buf())],
+            _ if trained.is_file() => vec![Blob::Disk(trained)],
+            _ => folder.weights()?,
         };
-        let weights = Weights::from_files(&files, dtype, device)?;
-        Self::described(folder, path, weights, config)
+        layout.read(&mut Weights::from_files(&files, dtype, device)?, config)
+    }
+
+    /// The folder that describes the gates of [`Gates::load`].
+    pub(crate) fn folder(path: &Path) -> &Path {
+        if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) }
     }
 
     /// Those of a folder that may be inside the program.
     pub(crate) fn of_folder(folder: Folder, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
-        let weights = Weights::from_files(&folder.weights()?, dtype, device)?;
-        Self::described(folder, &folder.path(""), weights, config)
+        let layout = Layout::of(folder)?.ok_or_else(|| not_described(&folder.path("")))?;
+        layout.read(&mut Weights::from_files(&folder.weights()?, dtype, device)?, config)
     }
 
-    fn described(folder: Folder, path: &Path, mut weights: Weights, config: &Config) -> Result<Self> {
-        let layout = Layout::of(folder)?.ok_or_else(|| {
-            Error::file(path, "no description of gates beside it: config.json with dms_* fields, or dms_metadata.json")
-        })?;
-        layout.read(&mut weights, config)
+    /// The tensors of an adapter by NVIDIA's names, none of a borrowed neuron.
+    pub(crate) fn tensors(&self) -> Named {
+        let Source::Adapter(layers) = &self.source else { return Named::new() };
+        let mut all = Named::new();
+        for (layer, GateWeights { norm, weight, bias, .. }) in layers.iter().enumerate() {
+            let name = adapter_name(layer);
+            all.insert(format!("{name}_norm.weight"), norm.clone());
+            all.insert(format!("{name}.weight"), weight.clone());
+            all.extend(bias.iter().map(|bias| (format!("{name}.bias"), bias.clone())));
+        }
+        all
     }
 
     /// The gates of a checkpoint folder, if it describes any.
@@ -124,18 +180,12 @@ impl Gates {
 
 impl Layout {
     fn of(folder: Folder) -> Result<Option<Self>> {
-        let read = |name: &str| -> Result<Option<Map<String, Value>>> {
-            let parsed = folder.text(name)?.map(|text| serde_json::from_str(&text)).transpose();
-            parsed.map_err(|e| Error::file(folder.path(name), e))
-        };
-        if let Some(shisa) = read("dms_metadata.json")? {
-            return Ok(Some(Self::shisa(&shisa)));
-        }
-        match read("config.json")? {
-            Some(config) if config.keys().any(|key| key.starts_with("dms_")) => {
-                Self::nvidia(&config).map(Some).map_err(|what| Error::file(folder.path("config.json"), what))
+        match Description::of(folder)? {
+            None => Ok(None),
+            Some(Description::Shisa(metadata)) => Ok(Some(Self::shisa(&metadata))),
+            Some(Description::Nvidia(fields)) => {
+                Self::nvidia(&fields).map(Some).map_err(|what| Error::file(folder.path("config.json"), what))
             }
-            _ => Ok(None),
         }
     }
 
@@ -185,7 +235,7 @@ impl Layout {
     fn read(self, weights: &mut Weights, config: &Config) -> Result<Gates> {
         let source = if self.adapter {
             let layers = (0..config.layers).map(|layer| {
-                let name = format!("model.layers.{layer}.self_attn.dms_proj_alpha");
+                let name = adapter_name(layer);
                 let bias = format!("{name}.bias");
                 Ok(GateWeights {
                     norm: weights.tensor(&format!("{name}_norm.weight"), &[config.hidden])?,
@@ -202,6 +252,14 @@ impl Layout {
         let (scale, offset) = if self.spec.disable { (0.0, 1000.0) } else { (self.scale, self.offset) };
         Ok(Gates { spec: self.spec, scale, offset, source })
     }
+}
+
+fn adapter_name(layer: usize) -> String {
+    format!("model.layers.{layer}.self_attn.dms_proj_alpha")
+}
+
+pub(crate) fn not_described(path: &Path) -> Error {
+    Error::file(path, "no description of gates beside it: config.json with dms_* fields, or dms_metadata.json")
 }
 
 fn others(weights: &Weights, config: &Config) -> Result<Tensor> {

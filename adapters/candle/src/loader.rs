@@ -9,7 +9,7 @@ use crate::{
     gates::Gates,
     model::Model,
     session::{Session, SessionOptions},
-    shipped,
+    shipped::{self, Shipped},
     tokenizer::Tokenizer,
     weights::{GgufFile, Weights},
 };
@@ -59,6 +59,42 @@ impl Default for LoadOptions {
     }
 }
 
+/// Where a model came from.
+#[derive(Debug)]
+pub(crate) enum Origin {
+    Folder(PathBuf),
+    Embedded(Folder<'static>),
+    Gguf(PathBuf),
+}
+
+impl Origin {
+    /// Its folder, unless it is a single file.
+    pub(crate) fn folder(&self) -> Option<Folder<'_>> {
+        match self {
+            Self::Folder(dir) => Some(Folder::Disk(dir)),
+            Self::Embedded(folder) => Some(*folder),
+            Self::Gguf(_) => None,
+        }
+    }
+
+    fn weights(&self) -> Result<Vec<Blob>> {
+        match self {
+            Self::Folder(dir) => Folder::Disk(dir).weights(),
+            Self::Embedded(folder) => folder.weights(),
+            Self::Gguf(path) => Ok(vec![Blob::Disk(path.clone())]),
+        }
+    }
+}
+
+impl From<Folder<'_>> for Origin {
+    fn from(folder: Folder) -> Self {
+        match folder {
+            Folder::Disk(dir) => Self::Folder(dir.to_path_buf()),
+            Folder::Embedded(files) => Self::Embedded(Folder::Embedded(files)),
+        }
+    }
+}
+
 /// A language model: weights, tokenizer, chat template, and the gates it was trained with.
 #[derive(Debug)]
 pub struct Lm {
@@ -67,7 +103,7 @@ pub struct Lm {
     gates: Option<Arc<Gates>>,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
-    files: Vec<Blob>,
+    origin: Origin,
     dtype: DType,
     device: Device,
     sha256: OnceLock<String>,
@@ -105,7 +141,7 @@ impl Lm {
         let tokenizer = Tokenizer::from_json(&folder.required(file)?, &folder.path(file))?;
         let tokenizer = tokenizer.with_eos(model.config().eos.clone());
         let template = ChatTemplate::of(folder)?;
-        Ok(Self::new(name, model, gates, tokenizer, template, folder.weights()?, options))
+        Ok(Self::new(name, model, gates, tokenizer, template, folder.into(), options))
     }
 
     fn from_gguf(name: String, path: &Path, options: &LoadOptions) -> Result<Self> {
@@ -117,7 +153,7 @@ impl Lm {
         let model = Model::load(config, &mut Weights::Gguf(weights), &options.device)?;
         // Whatever was asked for: quantized weights come with f32 activations.
         let options = &LoadOptions { dtype: dense.unwrap_or(DType::F32), ..options.clone() };
-        Ok(Self::new(name, model, None, tokenizer, template, vec![Blob::Disk(path.to_path_buf())], options))
+        Ok(Self::new(name, model, None, tokenizer, template, Origin::Gguf(path.to_path_buf()), options))
     }
 
     fn new(
@@ -126,17 +162,22 @@ impl Lm {
         gates: Option<Gates>,
         tokenizer: Tokenizer,
         template: Option<ChatTemplate>,
-        files: Vec<Blob>,
+        origin: Origin,
         options: &LoadOptions,
     ) -> Self {
         let (gates, sha256) = (gates.map(Arc::new), OnceLock::new());
         let device = options.device.clone();
-        Self { name, model, gates, tokenizer, template, files, dtype: options.dtype, device, sha256 }
+        Self { name, model, gates, tokenizer, template, origin, dtype: options.dtype, device, sha256 }
     }
 
     /// Its folder or file name, or the hub id.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where its other files are.
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// The definition and its weights.
@@ -185,7 +226,7 @@ impl Lm {
             return Ok(known.clone());
         }
         let mut hash = Sha256::new();
-        self.files.iter().try_for_each(|file| file.digest(&mut hash))?;
+        self.origin.weights()?.iter().try_for_each(|file| file.digest(&mut hash))?;
         let text: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(self.sha256.get_or_init(|| text).clone())
     }
@@ -197,29 +238,39 @@ impl Lm {
     /// [`Error::File`] if the file cannot be used with this model.
     pub fn gates_for(&self, policy: &dyn Policy) -> Result<Option<Arc<Gates>>> {
         match KvCache::gate_source(policy, &self.model.config().spec())? {
-            Some(GateSource::File(_)) if self.gates.as_ref().is_some_and(|gates| gates.borrows_neurons()) => {
-                Err(Error::Model("the checkpoint was trained with borrowed neurons: it takes no other gates".into()))
-            }
             Some(GateSource::File(path)) => {
-                let gates = match path.to_str().filter(|name| shipped::is_known(name) && !path.exists()) {
-                    Some(name) => self.shipped(Some(name))?.ok_or_else(|| {
-                        Error::Model(format!(
-                            "the gates `{name}` are of another model: this one's weights have another hash"
-                        ))
-                    })?,
+                let gates = match self.named_gates(&path)? {
+                    Some(shipped) => self.brought(shipped)?,
                     None => Gates::load(&path, self.model.config(), self.dtype, &self.device)?,
                 };
                 Ok(Some(Arc::new(gates)))
             }
-            Some(GateSource::Checkpoint) if self.gates.is_none() => Ok(self.shipped(None)?.map(Arc::new)),
+            Some(GateSource::Checkpoint) if self.gates.is_none() => {
+                let found = shipped::find(&self.sha256()?, None);
+                Ok(found.map(|shipped| self.brought(shipped)).transpose()?.map(Arc::new))
+            }
             Some(GateSource::Checkpoint) | None => Ok(self.gates.clone()),
         }
     }
 
-    /// Gates that the program brings for this model.
-    fn shipped(&self, name: Option<&str>) -> Result<Option<Gates>> {
-        let found = shipped::find(&self.sha256()?, name);
-        found.map(|gates| Gates::of_folder(gates.folder, self.model.config(), self.dtype, &self.device)).transpose()
+    /// Those that the program brings, where a path is their name; `None` for one to read.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if they are of another model, or this one takes none but its own.
+    pub(crate) fn named_gates(&self, path: &Path) -> Result<Option<&'static Shipped>> {
+        if self.gates.as_ref().is_some_and(|gates| gates.borrows_neurons()) {
+            let what = "the checkpoint was trained with borrowed neurons: it takes no other gates";
+            return Err(Error::Model(what.into()));
+        }
+        let Some(name) = path.to_str().filter(|name| shipped::is_known(name) && !path.exists()) else {
+            return Ok(None);
+        };
+        let another = || format!("the gates `{name}` are of another model: this one's weights have another hash");
+        shipped::find(&self.sha256()?, Some(name)).map(Some).ok_or_else(|| Error::Model(another()))
+    }
+
+    fn brought(&self, gates: &Shipped) -> Result<Gates> {
+        Gates::of_folder(gates.folder, self.model.config(), self.dtype, &self.device)
     }
 
     /// One sequence under a policy; its entries are where the model is. A GPU is best taken from

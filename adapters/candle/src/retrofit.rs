@@ -20,6 +20,7 @@ mod weights;
 pub use demo::{CONFIG as DEMO_CONFIG, DemoConfig, Problems, save_demo, train_demo};
 pub use evaluate::{Evaluation, Judged};
 pub use run::{Observer, RunConfig, StepRecord, finish, run};
+pub(crate) use save::write_model;
 pub use save::{Checkpoint, dms_fields, save_gates, save_weights};
 pub use scratch::next_token_gradients;
 pub use student::Trains;
@@ -36,7 +37,7 @@ fn dense(matrix: &Matrix) -> Result<&Tensor> {
     match matrix {
         Matrix::Dense(weight) => Ok(weight),
         Matrix::Quantized(_) => {
-            Err(Error::Model("quantized weights cannot be trained with: load them dequantized".into()))
+            Err(Error::Model("quantized weights cannot be trained with or exported: load them dequantized".into()))
         }
     }
 }

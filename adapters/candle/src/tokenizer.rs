@@ -5,13 +5,15 @@ use std::fmt;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value;
+use tokenizers::decoders::{self, byte_fallback::ByteFallback, fuse::Fuse, strip::Strip};
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{self, NFC, Prepend, Replace};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use crate::error::{Error, Result};
 
@@ -80,6 +82,21 @@ enum Spelling {
     Spaces { strip: bool },
     /// Whole words, a space between two.
     Words,
+}
+
+impl Spelling {
+    /// What undoes it.
+    fn decoder(self) -> tokenizers::Result<Option<DecoderWrapper>> {
+        let Self::Spaces { strip } = self else {
+            return Ok((self == Self::Bytes).then(|| ByteLevel::default().into()));
+        };
+        let mut steps: Vec<DecoderWrapper> =
+            vec![Replace::new(SPACE, " ")?.into(), ByteFallback::new().into(), Fuse::new().into()];
+        if strip {
+            steps.push(Strip::new(' ', 1, 0).into());
+        }
+        Ok(Some(decoders::sequence::Sequence::new(steps).into()))
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -186,6 +203,35 @@ impl Tokenizer {
         self.eos.sort_unstable();
         self.eos.dedup();
         self
+    }
+
+    /// It as a `tokenizer.json`, which [`Tokenizer::from_file`] reads to the same ids and texts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tokenizer`] for a bos that cannot be written.
+    pub(crate) fn to_json(&self) -> Result<String> {
+        let broken = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
+        let mut inner = self.inner.clone();
+        if inner.get_decoder().is_none() {
+            inner.with_decoder(self.spelling.decoder().map_err(broken)?);
+        }
+        if inner.get_post_processor().is_none() {
+            inner.with_post_processor(self.prefixed().map_err(broken)?);
+        }
+        inner.to_string(true).map_err(broken)
+    }
+
+    /// What puts the prefix first.
+    fn prefixed(&self) -> tokenizers::Result<Option<TemplateProcessing>> {
+        let token = |&id: &u32| Some((self.inner.id_to_token(id)?, id));
+        let prefix: Vec<(String, u32)> = self.prefix.iter().filter_map(token).collect();
+        if prefix.is_empty() {
+            return Ok(None);
+        }
+        let single: String = prefix.iter().map(|(text, _)| format!("{text} ")).collect();
+        let template = TemplateProcessing::builder().try_single(single + "$A")?.special_tokens(prefix).build();
+        Ok(Some(template?))
     }
 
     /// The ids of `text`. Special tokens written in it (`<|im_start|>`) become their one id.
@@ -623,10 +669,8 @@ fn fallback_byte(token: &str) -> Option<u8> {
 mod tests {
     use std::path::PathBuf;
 
-    use candle_core::quantized::gguf_file::Content;
-    use tokenizers::decoders;
-
     use super::*;
+    use candle_core::quantized::gguf_file::Content;
 
     const TEXTS: [&str; 12] = [
         "",
@@ -903,6 +947,33 @@ mod tests {
             assert_eq!(ids, made.encode(text).unwrap(), "a bos, and no eos");
             assert_eq!(read.decode(&ids).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn what_is_written_reads_back_as_the_metadata_it_was_made_of() {
+        let added = [("<|im_end|>", 3), ("<t>", 4), ("<|begin_of_text|>", 3)];
+        let mut all: Vec<_> = ["smollm", "qwen2", "llama-bpe", "tekken", "gpt-2"]
+            .map(|pre| byte_level(pre, &["1 2", "a b", "Ġ a"], &added))
+            .into();
+        all.iter_mut().for_each(|metadata| set(metadata, "bos_token_id", Value::U32(261)));
+        all.push(sentencepiece(&["▁", "a", "b", "▁a", "ab"]));
+        all.push(sentencepiece(&["▁", "a", "b", "▁a", "ab"]));
+        set(&mut all[6], "add_space_prefix", Value::Bool(false));
+        let mut with_bos = 0;
+        for metadata in all {
+            let made = Tokenizer::from_gguf(&metadata).unwrap();
+            let read = Tokenizer::from_json(made.to_json().unwrap().as_bytes(), Path::new("written")).unwrap();
+            for text in TEXTS.into_iter().chain(["ab12<|im_end|><t> a", "a\u{30a}"]) {
+                let ids = made.encode(text).unwrap();
+                assert_eq!(read.encode(text).unwrap(), ids, "{made:?}: {text:?}");
+                assert_eq!(read.encode_within(text).unwrap(), made.encode_within(text).unwrap());
+                assert_eq!(read.decode(&ids).unwrap(), made.decode(&ids).unwrap(), "{made:?}: {text:?}");
+            }
+            assert_eq!((read.eos(), read.vocab_size(), &read.prefix), (made.eos(), made.vocab_size(), &made.prefix));
+            assert_eq!(read.spelling, made.spelling);
+            with_bos += usize::from(!read.prefix.is_empty());
+        }
+        assert_eq!(with_bos, 4, "llama3, tekken and SentencePiece");
     }
 
     #[test]

@@ -198,5 +198,6 @@ pub fn train_demo(config: &DemoConfig, device: &Device, dir: &Path, observer: &m
 pub fn save_demo(model: &Model, gates: &Named, config: &str, dir: &Path) -> Result<()> {
     let mut tensors = model.hf_tensors()?;
     tensors.extend(gates.clone());
-    write_model(dir, &tensors, config, demo::TOKENIZER)
+    let files = [("config.json", config), ("tokenizer.json", demo::TOKENIZER)];
+    write_model(dir, &tensors, &files.map(|(name, text)| (name, text.as_bytes().into())))
 }

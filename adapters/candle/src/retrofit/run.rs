@@ -12,9 +12,10 @@ use kvpolicy::{
     GateSpec, Lag, PerGate,
     retrofit::{AdamW, AdamWConfig, Named, Rate, Schedule, accumulate},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::{
+    fs,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -55,7 +56,7 @@ pub struct RunConfig {
 }
 
 /// One step, as `train.jsonl` has it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Counted from 1.
     pub step: u64,
@@ -79,6 +80,22 @@ pub struct StepRecord {
     pub gradient: f64,
     /// Since this run began.
     pub seconds: f64,
+}
+
+impl StepRecord {
+    /// The steps of a `train.jsonl`.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming the file and the line that is no step, or if there is none.
+    pub fn read(path: &Path) -> Result<Vec<Self>> {
+        let text = fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        let step = |(i, line)| {
+            serde_json::from_str(line).map_err(|e| Error::file(path, format!("line {} is no step: {e}", i + 1)))
+        };
+        let steps = lines.map(step).collect::<Result<Vec<Self>>>()?;
+        if steps.is_empty() { Err(Error::file(path, "has no steps")) } else { Ok(steps) }
+    }
 }
 
 /// Told of progress.

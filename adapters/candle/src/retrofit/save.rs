@@ -7,12 +7,14 @@ use super::{
 use crate::{
     config::Config,
     error::{Error, Result},
+    gates,
 };
 use candle_core::{DType, Device};
 use kvpolicy::{PerGate, retrofit::Named};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
@@ -28,7 +30,7 @@ const SETTINGS: &str = "kvpolicy.settings";
 /// [`Error::File`] naming the file that cannot be written.
 pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<String, Value>) -> Result<PathBuf> {
     create(dir)?;
-    let path = dir.join("gates.safetensors");
+    let path = dir.join(gates::FILE);
     let gates = params.iter().filter(|(name, _)| is_gate(name)).map(|(name, gate)| (name.clone(), gate.clone()));
     write(&path, &rounded(&gates.collect())?, None)?;
     let mut config = dms_fields(trainee);
@@ -63,12 +65,13 @@ pub fn save_weights(dir: &Path, trainee: &Trainee, params: &Named) -> Result<()>
     }
 }
 
-/// A LoRA by the names of PEFT, f32: projections that share their input have A in common there, here each has a copy.
+/// A LoRA by the names of PEFT and in Hugging Face's order, f32: projections that share their input have A in common there, here each has a copy.
 fn peft_tensors(config: &Config, params: &Named) -> Result<Named> {
     let mut all = Named::new();
     for layer in 0..config.layers {
         for (joined, parts) in config.projections() {
             let (a, b) = factors(params, &format!("layers.{layer}.{joined}"))?;
+            let b = if joined == "qkv" { &config.half_split(b)? } else { b };
             let mut from = 0;
             for (part, rows) in parts {
                 let name = |factor: &str| format!("base_model.model.model.layers.{layer}.{part}.{factor}.weight");
@@ -98,12 +101,13 @@ pub fn dms_fields(trainee: &Trainee) -> Map<String, Value> {
     fields.map(|(name, value)| (name.to_string(), value)).into_iter().collect()
 }
 
-/// Writes a model folder: bf16 tensors by their Hugging Face names, `config.json` and `tokenizer.json`.
-pub(super) fn write_model(dir: &Path, tensors: &Named, config: &str, tokenizer: &str) -> Result<()> {
+/// Writes a model folder: bf16 tensors by their Hugging Face names, and other files by their names.
+pub(crate) fn write_model(dir: &Path, tensors: &Named, files: &[(&str, Cow<[u8]>)]) -> Result<()> {
     create(dir)?;
-    write(&dir.join("model.safetensors"), &rounded(tensors)?, None)?;
-    replace(&dir.join("config.json"), |temporary| fs::write(temporary, config))?;
-    replace(&dir.join("tokenizer.json"), |temporary| fs::write(temporary, tokenizer))
+    // transformers takes no file that does not say whose tensors it has.
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    write(&dir.join("model.safetensors"), &rounded(tensors)?, Some(metadata))?;
+    files.iter().try_for_each(|(name, bytes)| replace(&dir.join(name), |temporary| fs::write(temporary, bytes)))
 }
 
 fn rounded(tensors: &Named) -> Result<Named> {

@@ -9,7 +9,7 @@ use crate::{
     weights::Matrix,
 };
 use candle_core::{DType, Tensor};
-use kvpolicy::retrofit::Named;
+use kvpolicy::{RopeLayout, retrofit::Named};
 
 impl Config {
     /// The projections of a block as they are joined here: the name, and the parts by their Hugging Face names with the rows
@@ -22,6 +22,19 @@ impl Config {
             ("gate_up", vec![("mlp.gate_proj", self.ffn), ("mlp.up_proj", self.ffn)]),
             ("down", vec![("mlp.down_proj", self.hidden)]),
         ]
+    }
+
+    /// Rows of q, k and v, `[(q_heads + 2 kv_heads) * head_dim, ..]`, in the order of Hugging Face.
+    pub(super) fn half_split(&self, qkv: &Tensor) -> Result<Tensor> {
+        let Config { q_heads, kv_heads, head_dim, .. } = *self;
+        if self.rope.layout == RopeLayout::HalfSplit {
+            return Ok(qkv.clone());
+        }
+        let rotated = (q_heads + kv_heads) * head_dim;
+        let (rows, others) = (qkv.narrow(0, 0, rotated)?, qkv.narrow(0, rotated, kv_heads * head_dim)?);
+        // [heads, pair, which of the two, ..] to [heads, which of the two, pair, ..]
+        let pairs = rows.reshape((q_heads + kv_heads, head_dim / 2, 2, ()))?.transpose(1, 2)?.contiguous()?;
+        Ok(Tensor::cat(&[pairs.reshape(rows.shape())?, others], 0)?)
     }
 }
 
@@ -82,13 +95,13 @@ impl Model {
         Ok(all)
     }
 
-    /// Its weights by the names of Hugging Face.
+    /// Its weights by the names of Hugging Face, and in its order: the rows of q and k that RoPE turns together, which llama
+    /// files of GGUF have side by side, are half a head apart.
     ///
     /// # Errors
     /// [`Error::Model`] if they are quantized.
     pub fn hf_tensors(&self) -> Result<Named> {
-        let Config { q_heads, kv_heads, head_dim, ffn, tied, .. } = *self.config();
-        let (q, kv) = (q_heads * head_dim, kv_heads * head_dim);
+        let [(_, qkv), (_, o), (_, gate_up), (_, down)] = self.config().projections();
         let mut all = Named::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
@@ -100,19 +113,13 @@ impl Model {
                 }
                 Ok(())
             };
-            let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
-            let gate_up = [("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)];
             let whole = |tensor: &Tensor| tensor.dims()[0];
-            split(dense(&block.qkv)?, "weight", &qkv)?;
-            for (linear, parts) in [
-                (&block.gate_up, &gate_up[..]),
-                (&block.o, &[("self_attn.o_proj", self.config().hidden)]),
-                (&block.down, &[("mlp.down_proj", self.config().hidden)]),
-            ] {
+            split(&self.config().half_split(dense(&block.qkv)?)?, "weight", &qkv)?;
+            for (linear, parts) in [(&block.gate_up, &gate_up), (&block.o, &o), (&block.down, &down)] {
                 split(dense(&linear.matrix)?, "weight", parts)?;
                 linear.bias.iter().try_for_each(|bias| split(bias, "bias", parts))?;
             }
-            block.heads.bias.iter().try_for_each(|bias| split(bias, "bias", &qkv))?;
+            block.heads.bias.iter().try_for_each(|bias| split(&self.config().half_split(bias)?, "bias", &qkv))?;
             for (part, tensor) in [("self_attn.q_norm", &block.heads.q_norm), ("self_attn.k_norm", &block.heads.k_norm)]
             {
                 tensor.iter().try_for_each(|tensor| split(tensor, "weight", &[(part, whole(tensor))]))?;
@@ -122,7 +129,7 @@ impl Model {
         }
         all.insert("model.embed_tokens.weight".into(), self.embedding.clone());
         all.insert("model.norm.weight".into(), self.norm.clone());
-        if !tied {
+        if !self.config().tied {
             all.insert("lm_head.weight".into(), dense(&self.output.matrix)?.clone());
         }
         Ok(all)

@@ -2,7 +2,7 @@
 #![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used)] // each test crate uses its own part
 
 use candle_core::{
-    Device, Tensor,
+    DType, Device, Tensor,
     quantized::{GgmlDType, QTensor, gguf_file},
 };
 use serde_json::{Value, json};
@@ -93,6 +93,41 @@ impl Tiny {
     pub fn write_dir(&self, dir: &Path) {
         std::fs::write(dir.join("config.json"), self.config().to_string()).unwrap();
         candle_core::safetensors::save(&self.tensors, dir.join("model.safetensors")).unwrap();
+    }
+
+    /// The model with tensors that bf16 has without loss.
+    pub fn in_bf16(mut self) -> Self {
+        for tensor in self.tensors.values_mut() {
+            *tensor = tensor.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+        }
+        self
+    }
+
+    /// Gates as a training writes them: an adapter that evicts about a half, window 8.
+    pub fn write_gates(&self, dir: &Path) {
+        let mut seed = 77u32;
+        let mut random = |shape: &[usize], shift: f32| {
+            let count: usize = shape.iter().product();
+            let next = |_| {
+                seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((seed >> 8) as f32 / (1 << 24) as f32 - 0.5) * 0.2 + shift
+            };
+            let numbers: Vec<f32> = (0..count).map(next).collect();
+            Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap()
+        };
+        let mut tensors = HashMap::new();
+        for layer in 0..LAYERS {
+            let name = format!("model.layers.{layer}.self_attn.dms_proj_alpha");
+            tensors.insert(format!("{name}_norm.weight"), random(&[HIDDEN], 1.0));
+            tensors.insert(format!("{name}.weight"), random(&[self.kv_heads, HIDDEN], 0.0));
+        }
+        std::fs::create_dir_all(dir).unwrap();
+        candle_core::safetensors::save(&tensors, dir.join("gates.safetensors")).unwrap();
+        let config = json!({
+            "dms_window_size": 8, "dms_separate_alpha": true, "dms_alpha_scale": 50.0, "dms_initial_alpha_offset": 1.0,
+            "dms_tau": 0.1, "kvpolicy_model": "tiny", "kvpolicy_evaluation": {"kl": 1.0}, "kvpolicy_command": ["a"],
+        });
+        std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     }
 
     pub fn write_gguf(&self, path: &Path, matrices: GgmlDType) {
