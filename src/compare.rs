@@ -23,7 +23,7 @@ mod speed;
 mod sweep;
 mod turns;
 
-pub use report::{Host, Metrics, Report, Row, SCHEMA, Sample};
+pub use report::{Host, Metrics, Report, Row, SCHEMA, Sample, wilson};
 pub use sweep::{fit, sweepable};
 
 use crate::{

@@ -40,14 +40,7 @@ pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> 
         }
     }
     let rows = texts.contenders().iter().zip(correct).zip(&runs).map(|((contender, correct), runs)| {
-        let accuracy = correct as f64 / plan.samples as f64;
-        let metrics = Metrics {
-            correct: Some(correct as u64),
-            questions: Some(plan.samples as u64),
-            accuracy: Some(accuracy),
-            ..Metrics::default()
-        };
-        Row::new(contender, task, texts, metrics, runs)
+        Row::new(contender, task, texts, Metrics::of_answers(correct as u64, plan.samples as u64), runs)
     });
     Ok(rows.collect())
 }

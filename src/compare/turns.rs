@@ -32,7 +32,8 @@ pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> 
         }
     }
     let rows = texts.contenders().iter().zip(&tallies);
-    Ok(rows.map(|(contender, tally)| Row::new(contender, task, texts, tally.metrics(), &tally.runs)).collect())
+    let metrics = |tally: &Tally| Metrics::of_answers(tally.correct, tally.questions);
+    Ok(rows.map(|(contender, tally)| Row::new(contender, task, texts, metrics(tally), &tally.runs)).collect())
 }
 
 #[derive(Debug, Clone, Default)]
@@ -40,17 +41,6 @@ struct Tally {
     correct: u64,
     questions: u64,
     runs: Runs,
-}
-
-impl Tally {
-    fn metrics(&self) -> Metrics {
-        Metrics {
-            correct: Some(self.correct),
-            questions: Some(self.questions),
-            accuracy: Some(self.correct as f64 / self.questions as f64),
-            ..Metrics::default()
-        }
-    }
 }
 
 /// A problem in tokens.
