@@ -69,6 +69,8 @@ fn columns(task: Task) -> Vec<&'static str> {
         Task::Kl => vec!["KL nats/token"],
         Task::Needle => vec!["needle"],
         Task::NeedleAware => vec!["needle-aware"],
+        Task::WordKey => vec!["word-key"],
+        Task::WordKeyAware => vec!["word-key-aware"],
         Task::Recall => vec!["recall"],
         Task::Chain => vec!["chain"],
         Task::Speed => vec!["prefill tok/s", "decode tok/s"],
@@ -80,7 +82,7 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
     match task {
         Task::Ppl => vec![number(metrics.ppl, 3)],
         Task::Kl => vec![number(metrics.kl, 4)],
-        Task::Needle | Task::NeedleAware | Task::Recall | Task::Chain => {
+        Task::Needle | Task::NeedleAware | Task::WordKey | Task::WordKeyAware | Task::Recall | Task::Chain => {
             let counts = metrics.correct.zip(metrics.questions);
             vec![counts.map_or("-".to_string(), |(correct, questions)| score(correct, questions))]
         }
