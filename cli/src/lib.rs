@@ -10,6 +10,7 @@
 mod bench;
 mod compare;
 mod generate;
+mod join;
 mod model;
 mod policies;
 mod retrofit;
@@ -36,6 +37,8 @@ enum Command {
     Generate(generate::Args),
     /// Compare policies on a model: quality, memory, speed.
     Compare(compare::Args),
+    /// Print the table of one or more results.json as one.
+    Table(join::Args),
     /// Train DMS gates into a model, its weights frozen.
     Retrofit(retrofit::Args),
     /// Train the embedded model from nothing, and its gates.
@@ -51,6 +54,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Policies(args) => policies::run(&args, &registry),
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
+        Command::Table(args) => join::run(&args),
         Command::Retrofit(args) => retrofit::run(&args),
         Command::TrainDemo(args) => train_demo::run(&args),
         #[cfg(feature = "cuda")]
