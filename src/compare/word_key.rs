@@ -25,15 +25,23 @@ fn filled(texts: &Excerpts, register: &Register) -> Result<String> {
     let text = |others: usize| -> Result<String> {
         Ok(texts.subject.chat(&register.message(others))? + &register.begun_answer())
     };
-    let fits = |others: usize| Ok::<_, Error>(texts.subject.encode(&text(others)?)?.len() + ANSWER <= context);
-    // One other line fits, or nothing is to be told apart; one more than there are counts as too long.
+    let tokens = |text: &str| Ok::<_, Error>(texts.subject.encode(text)?.len());
+    // Beside another line, or nothing is to be told apart.
+    let least = tokens(&text(1)?)? + ANSWER;
+    let room =
+        context.checked_sub(least).ok_or_else(|| refuse("leaves no room for lines around the question".into()))?;
     let (mut fitting, mut too_many) = (1, register.others.len() + 1);
-    if too_many < 2 || !fits(fitting)? {
-        return Err(refuse("leaves no room for lines around the question".into()));
-    }
+    let mut a_line = tokens(&register.asked.text())?.max(1) as f64;
     while too_many - fitting > 1 {
-        let middle = (fitting + too_many) / 2;
-        if fits(middle)? { fitting = middle } else { too_many = middle }
+        // By what a line has taken so far: a long prompt is encoded a few times only.
+        let guess = (1 + (room as f64 / a_line) as usize).clamp(fitting + 1, too_many - 1);
+        let taken = tokens(&text(guess)?)? + ANSWER;
+        if taken <= context {
+            fitting = guess
+        } else {
+            too_many = guess
+        }
+        a_line = taken.saturating_sub(least).max(1) as f64 / (guess - 1) as f64;
     }
     if fitting + 1 == KEYS {
         return Err(refuse(format!("is too long: all {KEYS} keys of word-key do not fill it")));
