@@ -9,21 +9,27 @@
 //! | `kl` | KL divergence from `full` at the same tokens, in nats per token |
 //! | `needle` | a number hidden in text; the policy compresses the text before it sees the question |
 //! | `needle-aware` | the same, with the question in the prompt that is compressed |
+//! | `word-key` | a number in one of many lines, each with a key of two words; compressed before the question |
+//! | `word-key-aware` | the same, with the question in the prompt that is compressed |
 //! | `recall` | facts among sentences, asked for one after the other once the policy has compressed the text |
 //! | `chain` | a walk along a map that was compressed before it begins: every step looks back |
 //! | `speed` | tokens per second of prefill and decode |
 //!
-//! `recall` and `chain` make up their own text ([`problems`]).
+//! `word-key`, `recall` and `chain` make up their own text (the last two: [`problems`]).
 
 mod likelihood;
 mod needle;
+#[cfg(test)]
+mod oracle;
 pub mod problems;
 mod report;
+mod retrieval;
 mod speed;
 mod sweep;
 mod turns;
+mod word_key;
 
-pub use report::{Host, Metrics, Report, Row, SCHEMA, Sample};
+pub use report::{Host, Metrics, Report, Row, SCHEMA, Sample, wilson};
 pub use sweep::{fit, sweepable};
 
 use crate::{
@@ -85,6 +91,10 @@ pub enum Task {
     Needle,
     /// Retrieval, compressed with the question.
     NeedleAware,
+    /// Retrieval by a key among many alike, compressed before the question is known.
+    WordKey,
+    /// Retrieval by a key among many alike, compressed with the question.
+    WordKeyAware,
     /// Retrieval of several facts in turns, compressed before the questions are known.
     Recall,
     /// A walk along a map that is compressed before it begins.
@@ -93,8 +103,8 @@ pub enum Task {
     Speed,
 }
 keyword_param!(
-    Task: Ppl = "ppl", Kl = "kl", Needle = "needle", NeedleAware = "needle-aware", Recall = "recall", Chain = "chain",
-    Speed = "speed"
+    Task: Ppl = "ppl", Kl = "kl", Needle = "needle", NeedleAware = "needle-aware", WordKey = "word-key",
+    WordKeyAware = "word-key-aware", Recall = "recall", Chain = "chain", Speed = "speed"
 );
 
 impl Task {
@@ -134,8 +144,8 @@ impl Task {
 pub fn check_text(tasks: &[Task], text: Option<&str>) -> Result<()> {
     match tasks.iter().find(|task| task.cuts_text()) {
         Some(task) if text.is_none() => Err(Error::Config(format!(
-            "the task {task} cuts its prompts from a text: give one by --text, or take --tasks recall,chain,speed, which \
-             need none"
+            "the task {task} cuts its prompts from a text: give one by --text, or take --tasks \
+             word-key,recall,chain,speed, which need none"
         ))),
         _ => Ok(()),
     }
@@ -191,10 +201,7 @@ pub trait Progress {
 pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     check(plan)?;
     for contest in &plan.contests {
-        let texts = Excerpts { subject, plan, contest };
-        if contest.tasks.iter().any(|task| task.cuts_text()) {
-            texts.cut(&mut texts.rng(0), contest.context)?; // a text that is too short is told before the first run
-        }
+        foresee(&Excerpts { subject, plan, contest })?;
     }
     let mut rows = vec![];
     progress.start(units(plan));
@@ -202,13 +209,24 @@ pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> R
         let texts = Excerpts { subject, plan, contest };
         rows.extend(match contest.tasks.first() {
             Some(Task::Ppl | Task::Kl) => likelihood::run(&texts, progress)?,
-            Some(task @ (Task::Needle | Task::NeedleAware)) => needle::run(&texts, *task, progress)?,
+            Some(task @ (Task::Needle | Task::NeedleAware | Task::WordKey | Task::WordKeyAware)) => {
+                retrieval::run(&texts, *task, progress)?
+            }
             Some(task @ (Task::Recall | Task::Chain)) => turns::run(&texts, *task, progress)?,
             Some(Task::Speed) => speed::run(&texts, progress)?,
             None => vec![],
         });
     }
     Ok(rows)
+}
+
+/// A text that is too short, or a context that cannot be filled, is told before the first run.
+fn foresee(texts: &Excerpts) -> Result<()> {
+    match texts.contest.tasks.first() {
+        Some(task @ (Task::WordKey | Task::WordKeyAware)) => retrieval::prompt(texts, *task, 0).map(drop),
+        Some(task) if task.cuts_text() => texts.cut(&mut texts.rng(0), texts.context()).map(drop),
+        _ => Ok(()),
+    }
 }
 
 fn check(plan: &Plan) -> Result<()> {

@@ -24,8 +24,8 @@ pub(crate) struct Args {
     /// Policies, separated by `;`. `full` is the measure of the others. [default: some well-known ones]
     #[arg(long)]
     policies: Option<String>,
-    /// What to measure: ppl, kl, needle, needle-aware, recall, chain, speed [default: ppl,kl,needle,speed; without --model
-    /// chain].
+    /// What to measure: ppl, kl, needle, needle-aware, word-key, word-key-aware, recall, chain, speed [default:
+    /// ppl,kl,needle,speed; without --model chain].
     #[arg(long)]
     tasks: Option<String>,
     /// Context lengths in tokens.
@@ -41,7 +41,8 @@ pub(crate) struct Args {
     /// Chooses texts, numbers and depths.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The text that prompts are cut from, UTF-8; recall and chain make up their own, and so does speed where there is none.
+    /// The text that prompts are cut from, UTF-8; word-key, recall and chain make up their own, and so does speed where there
+    /// is none.
     #[arg(long)]
     text: Option<PathBuf>,
     /// A folder for results.json and samples.jsonl.

@@ -11,6 +11,7 @@ mod bench;
 mod compare;
 mod export;
 mod generate;
+mod join;
 mod model;
 #[cfg(feature = "plot")]
 mod plot;
@@ -39,6 +40,8 @@ enum Command {
     Generate(generate::Args),
     /// Compare policies on a model: quality, memory, speed.
     Compare(compare::Args),
+    /// Print the table of one or more results.json as one.
+    Table(join::Args),
     /// Train DMS gates into a model, its weights frozen.
     Retrofit(retrofit::Args),
     /// Write a model with its gates as a folder of Hugging Face's.
@@ -59,6 +62,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Policies(args) => policies::run(&args, &registry),
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
+        Command::Table(args) => join::run(&args),
         Command::Retrofit(args) => retrofit::run(&args),
         Command::Export(args) => export::run(&args),
         Command::TrainDemo(args) => train_demo::run(&args),

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow};
 use comfy_table::{CellAlignment, Table, presets};
-use kvpolicy::compare::{Metrics, Row, Task};
+use kvpolicy::compare::{Metrics, Row, Task, wilson};
 use std::path::Path;
 
 /// A file that must be UTF-8.
@@ -69,6 +69,8 @@ fn columns(task: Task) -> Vec<&'static str> {
         Task::Kl => vec!["KL nats/token"],
         Task::Needle => vec!["needle"],
         Task::NeedleAware => vec!["needle-aware"],
+        Task::WordKey => vec!["word-key"],
+        Task::WordKeyAware => vec!["word-key-aware"],
         Task::Recall => vec!["recall"],
         Task::Chain => vec!["chain"],
         Task::Speed => vec!["prefill tok/s", "decode tok/s"],
@@ -80,18 +82,29 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
     match task {
         Task::Ppl => vec![number(metrics.ppl, 3)],
         Task::Kl => vec![number(metrics.kl, 4)],
-        Task::Needle | Task::NeedleAware | Task::Recall | Task::Chain => {
-            vec![match (metrics.correct, metrics.questions) {
-                (Some(correct), Some(questions)) => format!("{correct}/{questions}"),
-                _ => "-".to_string(),
-            }]
+        Task::Needle | Task::NeedleAware | Task::WordKey | Task::WordKeyAware | Task::Recall | Task::Chain => {
+            let counts = metrics.correct.zip(metrics.questions);
+            vec![counts.map_or("-".to_string(), |(correct, questions)| score(correct, questions))]
         }
         Task::Speed => vec![number(metrics.prefill_tokens_per_s, 1), number(metrics.decode_tokens_per_s, 1)],
     }
 }
 
+/// Right answers with what their share may be: `87/100 (79-92%)`.
+fn score(correct: u64, questions: u64) -> String {
+    let interval = wilson(correct, questions);
+    let percent = interval.map(|[least, most]| format!(" ({:.0}-{:.0}%)", 100.0 * least, 100.0 * most));
+    format!("{correct}/{questions}{}", percent.unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_score_says_how_sure_it_is() {
+        let printed = [(87, 100), (0, 2), (2, 2), (0, 0)].map(|(correct, questions)| super::score(correct, questions));
+        assert_eq!(printed, ["87/100 (79-92%)", "0/2 (0-66%)", "2/2 (34-100%)", "0/0"]);
+    }
+
     #[test]
     fn bytes_are_readable() {
         let printed: Vec<String> = [0.0, 1023.0, 1024.0, 1.5 * 1024.0 * 1024.0].map(super::bytes).to_vec();

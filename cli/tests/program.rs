@@ -96,6 +96,54 @@ fn compare_writes_a_row_for_each_policy_task_and_context() {
     assert!(needles.iter().all(|s| s.prompt.contains(s.expected.as_ref().unwrap()) && s.answer.is_some()));
 }
 
+#[test]
+fn word_key_is_asked_under_a_sweep_and_results_become_one_table() {
+    let bench = Bench::new();
+    let compare = |policies: &str, tasks: &str, seed: &str, out: &str| {
+        let args = ["--policies", policies, "--sweep", "2,4", "--tasks", tasks, "--context", "512", "--samples", "2"];
+        succeeded(&bench.run("compare", &[&args[..], &["--seed", seed, "--out", out]].concat()))
+    };
+    let alone = compare("full;h2o:recent=8", "word-key,word-key-aware", "1", "a");
+    compare("full;tova", "word-key", "1", "b");
+    compare("full", "word-key", "2", "c");
+    let report = read(&bench.path("a/results.json"));
+    assert_eq!(report.rows.len(), 2 * (1 + 2));
+    for row in &report.rows {
+        let Some((_, ratio)) = row.policy.split_once('@') else { continue };
+        let ratio: f64 = ratio.trim_end_matches('x').parse().unwrap();
+        assert!((row.compression / ratio - 1.0).abs() < 0.05, "{} of {}", row.compression, row.policy);
+        assert!(row.metrics.questions == Some(2) && row.metrics.accuracy_interval.is_some());
+    }
+
+    let table = |files: &[&str]| program(&bench.dir, &[&["table"], files].concat());
+    assert_eq!(succeeded(&table(&["a/results.json"])), alone, "a file alone is the table it was printed with");
+    let both = table(&["a/results.json", "b/results.json"]);
+    let (lines, notes) = (succeeded(&both), String::from_utf8_lossy(&both.stderr).into_owned());
+    for line in alone.lines().skip(2).filter(|line| line.starts_with('|')) {
+        let cells = |line: &str| line.split('|').map(|cell| cell.trim().to_string()).collect::<Vec<_>>();
+        assert!(lines.lines().any(|other| cells(other) == cells(line)), "{line} is not in {lines}");
+    }
+    assert!(lines.contains("tova @4x") && lines.matches(" full ").count() == 1, "{lines}");
+    assert!(notes.contains("word-key of full at context 512 in b/results.json"), "{notes}");
+
+    let report = std::fs::read_to_string(bench.path("a/results.json")).unwrap();
+    std::fs::write(bench.path("new.json"), report.replace("\"schema\": 1", "\"schema\": 7")).unwrap();
+    std::fs::write(bench.path("odd.json"), report.replace("\"task\": \"word-key\"", "\"task\": \"poetry\"")).unwrap();
+    for (files, words) in [
+        (&["nowhere.json"][..], &["nowhere.json"][..]),
+        (&["a/samples.jsonl"], &["a/samples.jsonl", "no results.json"]),
+        (&["a/results.json", "t.txt"], &["t.txt", "no results.json"]),
+        (&["new.json"], &["new.json", "schema", "7"]),
+        (&["odd.json"], &["odd.json", "poetry"]),
+        (&["a/results.json", "c/results.json"], &["c/results.json", "seed is 2", "a/results.json is 1"]),
+    ] {
+        let output = table(files);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && !text.contains("panicked"), "{files:?}: {text}");
+        assert!(words.iter().all(|word| text.contains(word)), "{files:?}: {text}");
+    }
+}
+
 fn read(path: &Path) -> Report {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
@@ -317,6 +365,7 @@ fn bad_input_is_refused_with_its_reason() {
     compare(&[], &["ppl", "--text", "recall,chain"]);
     compare(&["--tasks", "recall,needle"], &["needle", "--text"]);
     compare(&["--tasks", "chain", "--context", "100"], &["context=100"]);
+    compare(&["--tasks", "word-key", "--context", "128"], &["context=128", "no room for lines"]);
     compare(&["--text", "t.txt", "--context", "100000"], &["100000", "512", "--allow-long"]);
     compare(&["--text", "t.txt", "--context", "0"], &["context=0"]);
     compare(&["--text", "t.txt", "--samples", "0"], &["samples"]);

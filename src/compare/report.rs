@@ -89,12 +89,42 @@ pub struct Metrics {
     /// Their ratio.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
+    /// What the ratio may be of all such questions: [`wilson`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy_interval: Option<[f64; 2]>,
     /// Median.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_tokens_per_s: Option<f64>,
     /// Median.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_s: Option<f64>,
+}
+
+impl Metrics {
+    /// Figures of a task that counts right answers.
+    pub(super) fn of_answers(correct: u64, questions: u64) -> Self {
+        Self {
+            correct: Some(correct),
+            questions: Some(questions),
+            accuracy: Some(correct as f64 / questions as f64),
+            accuracy_interval: wilson(correct, questions),
+            ..Self::default()
+        }
+    }
+}
+
+/// Wilson's 95% interval of a share, from its least to its most within 0 to 1, as if the questions were independent; `None`
+/// for no questions, or more right answers than those.
+pub fn wilson(correct: u64, questions: u64) -> Option<[f64; 2]> {
+    const Z: f64 = 1.959_963_984_540_054; // 97.5% of the standard normal distribution lie below
+    if questions == 0 || correct > questions {
+        return None;
+    }
+    let (n, share) = (questions as f64, correct as f64 / questions as f64);
+    let centre = share + Z * Z / (2.0 * n);
+    let reach = Z * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt();
+    let bound = |x: f64| (x / (1.0 + Z * Z / n)).clamp(0.0, 1.0);
+    Some([bound(centre - reach), bound(centre + reach)])
 }
 
 /// One prompt and what came of it: a line of `samples.jsonl`.
@@ -176,5 +206,30 @@ impl Runs {
         all.dense_peak_bytes = all.dense_peak_bytes.max(run.dense_peak_bytes);
         all.written += run.written;
         all.evicted += run.evicted;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interval_is_that_of_wilson() {
+        // For none right it is 0 to z^2 / (n + z^2); the others are Newcombe's (1998) examples of the method.
+        let z2 = 1.959_963_984_540_054_f64.powi(2);
+        let known = [
+            (0, 10, 0.0, z2 / (10.0 + z2)),
+            (10, 10, 10.0 / (10.0 + z2), 1.0),
+            (81, 263, 0.2553, 0.3662),
+            (15, 148, 0.0624, 0.1605),
+            (0, 20, 0.0, 0.1611),
+            (1, 29, 0.0061, 0.1718),
+        ];
+        for (correct, questions, least, most) in known {
+            let found = wilson(correct, questions);
+            let near = |[low, high]: [f64; 2]| (low - least).abs() < 6e-5 && (high - most).abs() < 6e-5;
+            assert!(found.is_some_and(near), "{correct}/{questions}: {found:?}");
+        }
+        assert_eq!((wilson(0, 0), wilson(3, 2)), (None, None));
     }
 }

@@ -1,6 +1,6 @@
 //! Budgets at which policies hold the same number of entries.
 
-use super::{Task, check_context, likelihood::scored_tokens, needle::ANSWER, problems::Problem, speed::GENERATED};
+use super::{Task, check_context, likelihood::scored_tokens, needle, problems::Problem, speed::GENERATED, word_key};
 use crate::{
     error::{Error, Result},
     policy::{Budget, Evict, LayerCx, NewTokens, Policy},
@@ -136,7 +136,8 @@ impl Run {
     fn of(task: Task, context: usize) -> Self {
         match task {
             Task::Ppl | Task::Kl => Self::of_prompt(context, scored_tokens(context) - 1), // the last is scored, not fed
-            Task::Needle | Task::NeedleAware => Self::of_prompt(context, ANSWER),
+            Task::Needle | Task::NeedleAware => Self::of_prompt(context, needle::ANSWER),
+            Task::WordKey | Task::WordKeyAware => Self::of_prompt(context, word_key::ANSWER),
             Task::Speed => Self::of_prompt(context, GENERATED),
             Task::Recall | Task::Chain => Self::of_problems(task, context),
         }
@@ -247,7 +248,8 @@ mod tests {
     #[test]
     fn a_budget_is_found_for_every_task() {
         let (registry, spec) = (Registry::standard(), ModelSpec::new(2, 8, 4, 32));
-        for task in [Task::Ppl, Task::Needle, Task::Recall, Task::Chain, Task::Speed] {
+        for task in [Task::Ppl, Task::Needle, Task::WordKey, Task::WordKeyAware, Task::Recall, Task::Chain, Task::Speed]
+        {
             for text in ["window:sinks=4", "h2o:recent=16", "tova"] {
                 let policy = fit(&registry, text, &spec, task, 1024, 4.0).unwrap();
                 let run = Run::of(task, 1024);

@@ -1,8 +1,8 @@
 //! Problems that are read, compressed, and then asked about.
 
 use super::{
-    Contender, Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, argmax, needle::first_number,
-    problems::Problem, report::Runs,
+    Contender, Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, argmax, problems::Problem, report::Runs,
+    retrieval::first_number,
 };
 use crate::{
     error::{Error, Result},
@@ -32,7 +32,8 @@ pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> 
         }
     }
     let rows = texts.contenders().iter().zip(&tallies);
-    Ok(rows.map(|(contender, tally)| Row::new(contender, task, texts, tally.metrics(), &tally.runs)).collect())
+    let metrics = |tally: &Tally| Metrics::of_answers(tally.correct, tally.questions);
+    Ok(rows.map(|(contender, tally)| Row::new(contender, task, texts, metrics(tally), &tally.runs)).collect())
 }
 
 #[derive(Debug, Clone, Default)]
@@ -40,17 +41,6 @@ struct Tally {
     correct: u64,
     questions: u64,
     runs: Runs,
-}
-
-impl Tally {
-    fn metrics(&self) -> Metrics {
-        Metrics {
-            correct: Some(self.correct),
-            questions: Some(self.questions),
-            accuracy: Some(self.correct as f64 / self.questions as f64),
-            ..Metrics::default()
-        }
-    }
 }
 
 /// A problem in tokens.
@@ -187,133 +177,22 @@ fn last_line(text: &str) -> &str {
 mod tests {
     use super::*;
     use crate::{
-        compare::{Contest, HostError, Plan, Subject, run},
+        compare::{
+            Contest, Plan,
+            oracle::{Notes, Oracle, play},
+            run,
+        },
         policies::Full,
-        policy::Policy,
-        spec::ModelSpec,
     };
-    use std::{cell::RefCell, sync::Arc};
+    use std::sync::Arc;
 
-    type Hosted<T> = std::result::Result<T, HostError>;
-    const BOS: u32 = 256;
-
-    /// Reads bytes, and knows every answer or none.
-    struct Oracle {
-        knows: bool,
-        most: RefCell<usize>, // tokens of the longest sequence
-    }
-
-    struct Reader<'a> {
-        oracle: &'a Oracle,
-        text: String,
-    }
-
-    impl Subject for Oracle {
-        fn spec(&self) -> ModelSpec {
-            ModelSpec::new(1, 1, 1, 8)
-        }
-
-        fn max_context(&self) -> usize {
-            1100
-        }
-
-        fn encode(&self, text: &str) -> Hosted<Vec<u32>> {
-            Ok(std::iter::once(BOS).chain(text.bytes().map(u32::from)).collect())
-        }
-
-        fn decode(&self, tokens: &[u32]) -> Hosted<String> {
-            Ok(tokens.iter().filter(|&&t| t != BOS).map(|&t| t as u8 as char).collect())
-        }
-
-        fn is_end(&self, _: u32) -> bool {
-            false
-        }
-
-        fn chat(&self, user: &str) -> Hosted<String> {
-            Ok(user.to_string())
-        }
-
-        fn open(&self, _: &Arc<dyn Policy>) -> Hosted<Box<dyn Sequence + '_>> {
-            Ok(Box::new(Reader { oracle: self, text: String::new() }))
-        }
-    }
-
-    impl Sequence for Reader<'_> {
-        fn prefill(&mut self, tokens: &[u32], last: bool) -> Hosted<Vec<f32>> {
-            assert!(last);
-            assert_eq!(tokens.contains(&BOS), self.text.is_empty());
-            self.text += &self.oracle.decode(tokens)?;
-            let mut most = self.oracle.most.borrow_mut();
-            *most = (*most).max(self.text.len() + 1);
-            let next = if self.oracle.knows { right(&self.text).unwrap_or(b'?') } else { b'1' };
-            Ok((0..=BOS).map(|token| (token == next as u32) as u8 as f32).collect())
-        }
-
-        fn decode(&mut self, token: u32) -> Hosted<Vec<f32>> {
-            self.prefill(&[token], true)
-        }
-
-        fn stats(&self) -> Stats {
-            Stats { mean_dense_entries: 2.0, mean_live_entries: 1.0, ..Stats::default() }
-        }
-    }
-
-    /// The byte that goes on with the answer to the last question.
-    fn right(text: &str) -> Option<u8> {
-        let answer_and_said = match text.split_once("\nfrom ") {
-            None => {
-                let context = text.split('\n').next()?;
-                let asked = text.rsplit("\ncode ").next()?;
-                let (subject, said) = asked.split_at(asked.find(' ').unwrap_or(asked.len()));
-                let value = context.split_once(&format!("code {subject} "))?.1.get(..4)?;
-                (format!(" {value}\n"), said)
-            }
-            Some((context, asked)) => {
-                let (asked, said) = asked.split_once(" steps.\n")?;
-                let (start, steps) = asked.split_once(", ")?;
-                let road = |from: &str| context.split_once(&format!("{from}-")).map(|(_, rest)| rest[..2].to_string());
-                let (mut at, mut walk) = (start.to_string(), String::new());
-                for i in 1..=steps.parse().ok()? {
-                    let to = road(&at)?;
-                    walk += &format!("{i}. {at}-{to} and then along the road\n");
-                    at = to;
-                }
-                (walk + &format!("= {at}\n"), said)
-            }
-        };
-        answer_and_said.0.as_bytes().get(answer_and_said.1.len()).copied()
-    }
-
-    #[derive(Default)]
-    struct Notes(Vec<Sample>);
-
-    impl Progress for Notes {
-        fn start(&mut self, _: u64) {}
-
-        fn unit(&mut self, _: &str) {}
-
-        fn sample(&mut self, sample: &Sample) -> Result<()> {
-            self.0.push(sample.clone());
-            Ok(())
-        }
-    }
-
-    fn play(oracle: &Oracle) -> (Vec<Row>, Vec<Sample>) {
-        let contenders = vec![Contender { label: "full".into(), policy: Arc::new(Full {}) }];
-        let contest = |task, context| Contest { context, tasks: vec![task], contenders: contenders.clone() };
-        let contests = [128, 400, 1024, 1100]
-            .iter()
-            .flat_map(|&context| [Task::Recall, Task::Chain].map(|task| contest(task, context)));
-        let plan = Plan { contests: contests.collect(), samples: 3, seed: 7, text: None };
-        let mut notes = Notes::default();
-        let rows = run(oracle, &plan, &mut notes).unwrap();
-        (rows, notes.0)
-    }
+    const BOTH: [Task; 2] = [Task::Recall, Task::Chain];
+    const CONTEXTS: [usize; 4] = [128, 400, 1024, 1100];
 
     #[test]
     fn a_model_that_knows_answers_everything_right() {
-        let oracle = Oracle { knows: true, most: RefCell::default() };
-        let (rows, samples) = play(&oracle);
+        let oracle = Oracle::new(true);
+        let (rows, samples) = play(&oracle, &BOTH, &CONTEXTS).unwrap();
         assert_eq!(rows.len(), 8);
         assert!(rows.iter().all(|row| row.metrics.accuracy == Some(1.0) && row.samples == 3), "{rows:?}");
         assert_eq!(rows.iter().map(|row| row.metrics.questions.unwrap()).sum::<u64>(), samples.len() as u64);
@@ -329,8 +208,8 @@ mod tests {
 
     #[test]
     fn a_model_that_never_ends_is_cut_off() {
-        let oracle = Oracle { knows: false, most: RefCell::default() };
-        let (rows, samples) = play(&oracle);
+        let oracle = Oracle::new(false);
+        let (rows, samples) = play(&oracle, &BOTH, &CONTEXTS).unwrap();
         assert!(rows.iter().all(|row| row.metrics.correct == Some(0)));
         for sample in samples.iter().filter(|s| s.context == 1024) {
             let (said, right) = (sample.answer.as_ref().unwrap().len(), sample.expected.as_ref().unwrap().len());
@@ -341,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_task_that_cuts_text_says_that_it_needs_one() {
-        let oracle = Oracle { knows: true, most: RefCell::default() };
+        let oracle = Oracle::new(true);
         let contenders = vec![Contender { label: "full".into(), policy: Arc::new(Full {}) }];
         let contests = vec![Contest { context: 256, tasks: vec![Task::Ppl, Task::Kl], contenders }];
         let plan = Plan { contests, samples: 1, seed: 0, text: None };

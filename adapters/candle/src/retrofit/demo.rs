@@ -94,7 +94,7 @@ fn laid_out(problem: &Problem, others: f32, length: usize) -> Sequence {
     Sequence { tokens, weights }
 }
 
-/// The bytes of an answer that belong to words of the context.
+/// The bytes of an answer that belong to words of the context, and the one that ends a walk.
 fn looked_up(answer: &str, context: &str) -> impl Iterator<Item = usize> {
     let is_word = |c: char| c.is_ascii_alphanumeric();
     let known: HashSet<&str> = context.split(|c| !is_word(c)).collect();
@@ -106,6 +106,8 @@ fn looked_up(answer: &str, context: &str) -> impl Iterator<Item = usize> {
         }
         at += word.len() + 1;
     }
+    // That a walk is over is to be known as well: nothing near says so.
+    bytes.extend(answer.match_indices("\n=").map(|(at, _)| at + 1));
     bytes.into_iter()
 }
 

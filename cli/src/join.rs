@@ -1,0 +1,65 @@
+use crate::table::{self, read_text};
+use anyhow::{Context, Result, bail, ensure};
+use kvpolicy::compare::{Report, Row, SCHEMA, Task};
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Files that `compare --out` wrote: results of the same model, seed and text.
+    #[arg(required = true)]
+    results: Vec<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut read: Vec<(&Path, Report)> = vec![];
+    let mut rows: Vec<Row> = vec![];
+    let mut tasks = vec![];
+    for path in &args.results {
+        let report = read_report(path)?;
+        read.iter().try_for_each(|(earlier, other)| check_alike((earlier, other), (path, &report)))?;
+        for row in &report.rows {
+            tasks.extend(Task::parse_list(&row.task).with_context(|| path.display().to_string())?);
+            add(&mut rows, row.clone(), path);
+        }
+        read.push((path, report));
+    }
+    rows.sort_by_key(|row| row.context);
+    tasks.sort();
+    tasks.dedup();
+    println!("{}", table::comparison(&rows, &tasks));
+    Ok(())
+}
+
+fn read_report(path: &Path) -> Result<Report> {
+    let refuse = || format!("{} is no results.json of schema {SCHEMA}", path.display());
+    let report: Report = serde_json::from_str(&read_text(path)?).with_context(refuse)?;
+    ensure!(report.schema == SCHEMA, "{}: its schema is {}", refuse(), report.schema);
+    Ok(report)
+}
+
+/// One table is of one model that was asked the same.
+fn check_alike((a_path, a): (&Path, &Report), (b_path, b): (&Path, &Report)) -> Result<()> {
+    let facts = |r: &Report| {
+        let seed = r.seed.to_string();
+        [r.model_sha256.clone(), r.dtype.clone(), r.kv_dtype.clone(), seed, r.text_sha256.clone()]
+    };
+    let names = ["model_sha256", "dtype", "kv_dtype", "seed", "text_sha256"];
+    for ((name, a), b) in names.iter().zip(facts(a)).zip(facts(b)) {
+        // Tasks that make up their prompts leave the text empty.
+        if a != b && !a.is_empty() && !b.is_empty() {
+            bail!("{}: its {name} is {b}, that of {} is {a}", b_path.display(), a_path.display());
+        }
+    }
+    Ok(())
+}
+
+/// A row that an earlier file has too, as the `full` that every run is measured by, is shown once.
+fn add(rows: &mut Vec<Row>, row: Row, path: &Path) {
+    let is_same = |r: &Row| (&r.policy, &r.task, r.context) == (&row.policy, &row.task, row.context);
+    if rows.iter().any(is_same) {
+        let (path, Row { policy, task, context, .. }) = (path.display(), row);
+        eprintln!("left out: {task} of {policy} at context {context} in {path}, which an earlier file has");
+    } else {
+        rows.push(row);
+    }
+}
