@@ -37,13 +37,13 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1000)]
     gate_steps: u64,
     /// Learning rate of the gates.
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = 3e-4)]
     gate_rate: f64,
     /// Compression that the gates learn.
-    #[arg(long, default_value_t = 7.0)]
+    #[arg(long, default_value_t = 5.0)]
     target_cr: f64,
     /// Tokens that stay whatever the gates say.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 32)]
     window: usize,
     /// Chooses weights, problems and noise.
     #[arg(long, default_value_t = 1)]

@@ -118,7 +118,7 @@ fn in_problem(text: &str) -> Option<(String, &str)> {
             let (mut at, mut walk) = (start.to_string(), String::new());
             for i in 1..=steps.parse().ok()? {
                 let to = road(&at)?;
-                walk += &format!("{at}-{to} and then along the road {i}\n");
+                walk += &format!("{i}. {at}-{to} and then along the road\n");
                 at = to;
             }
             Some((walk + &format!("= {at}\n"), said))

@@ -75,8 +75,8 @@ pub fn recall(rng: &mut StdRng, bytes: usize) -> Problem {
 /// ka-mo lu-re mo-lu ...
 ///
 /// from ka, 21 steps.
-/// ka-mo and then along the road 1
-/// mo-lu and then along the road 2
+/// 1. ka-mo and then along the road
+/// 2. mo-lu and then along the road
 /// ...
 /// = xy
 /// ```
@@ -93,7 +93,7 @@ pub fn chain(rng: &mut StdRng, bytes: usize) -> Problem {
         places.iter().zip(places.iter().cycle().skip(1)).map(|(from, to)| format!("{from}-{to}")).collect();
     roads.shuffle(rng);
     let question = format!("\nfrom {}, {steps} steps.\n", places[0]);
-    let walk = (1..=steps).map(|i| format!("{}-{}{STEP} {i}\n", places[i - 1], places[i]));
+    let walk = (1..=steps).map(|i| format!("{i}. {}-{}{STEP}\n", places[i - 1], places[i]));
     let answer = walk.collect::<String>() + &format!("= {}\n", places[steps]);
     Problem { context: roads.join(" ") + "\n", turns: vec![Turn { question, answer }] }
 }
@@ -104,7 +104,7 @@ const STEP: &str = " and then along the road";
 /// Bytes of a chain of this many steps among so many places.
 fn chain_bytes(steps: usize, places: usize) -> usize {
     let digits = |n: usize| n.to_string().len();
-    let lines: usize = (1..=steps).map(|i| digits(i) + "ka-mo \n".len() + STEP.len()).sum();
+    let lines: usize = (1..=steps).map(|i| digits(i) + ". ka-mo\n".len() + STEP.len()).sum();
     places * "ka-mo ".len() + "\nfrom ka,  steps.\n".len() + digits(steps) + lines + "= mo\n".len()
 }
 
@@ -290,7 +290,7 @@ mod tests {
             let steps: usize = steps.strip_suffix(" steps.").unwrap().parse().unwrap();
             let (mut at, mut expected) = (start, String::new());
             for i in 1..=steps {
-                expected += &format!("{at}-{} and then along the road {i}\n", map[at]);
+                expected += &format!("{i}. {at}-{} and then along the road\n", map[at]);
                 at = map[at];
             }
             assert_eq!(*answer, expected + &format!("= {at}\n"));

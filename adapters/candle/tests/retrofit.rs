@@ -235,13 +235,13 @@ fn training_goes_on_where_it_stopped() {
 #[test]
 fn weights_learn_what_gates_forget() {
     let model = model("llama");
-    let config = RunConfig { weights_rate: 0.3, ..settings(80) };
+    let config = RunConfig { weights_rate: 0.1, ..settings(150) };
     let batches = [Repeats.batch(1000..1008, 32, &Device::Cpu).unwrap()];
     let divergence = |trains: Trains| {
         let dir = tempfile::tempdir().unwrap();
         let trainee = Trainee::new(&model, config.gates(), config.scale, config.offset).training(trains);
         let params =
-            run(&trainee, &Repeats, &config, dir.path(), false, &mut Log { records: vec![], most: 100 }).unwrap();
+            run(&trainee, &Repeats, &config, dir.path(), false, &mut Log { records: vec![], most: 1000 }).unwrap();
         let found = trainee.evaluate(&batches, Judged::Gates(&params)).unwrap();
         save_weights(dir.path(), &trainee, &params).unwrap();
         let mut files: Vec<String> =
@@ -255,7 +255,7 @@ fn weights_learn_what_gates_forget() {
     assert_eq!(files, ["adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors"]);
     let (full, files) = divergence(Trains::Full);
     assert_eq!(files, ["checkpoint.safetensors", "weights.safetensors"]);
-    assert!(lora < 0.8 * gates && full < 0.8 * gates, "{gates} gates, {lora} lora, {full} full");
+    assert!(lora < 0.85 * gates && full < 0.85 * gates, "{gates} gates, {lora} lora, {full} full");
 }
 
 #[test]
