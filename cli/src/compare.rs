@@ -25,7 +25,7 @@ pub(crate) struct Args {
     #[arg(long)]
     policies: Option<String>,
     /// What to measure: ppl, kl, needle, needle-aware, word-key, word-key-aware, recall, chain, speed [default:
-    /// ppl,kl,needle,speed; without --model chain].
+    /// ppl,kl,needle,speed; without --model recall].
     #[arg(long)]
     tasks: Option<String>,
     /// Context lengths in tokens.
@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// without --model and --policies 4].
     #[arg(long, value_delimiter = ',')]
     sweep: Vec<f64>,
-    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 6].
+    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 12].
     #[arg(long)]
     samples: Option<usize>,
     /// Chooses texts, numbers and depths.
@@ -66,12 +66,8 @@ const DEFAULTS: Defaults = Defaults {
 };
 
 /// With the model inside the program: done within a minute on two cores.
-const DEMO_DEFAULTS: Defaults = Defaults {
-    tasks: "chain",
-    policies: "full;window:sinks=4;h2o;tova;every(16, snapkv);dms",
-    sweep: &[4.0],
-    samples: 6,
-};
+const DEMO_DEFAULTS: Defaults =
+    Defaults { tasks: "recall", policies: "full;window:sinks=4;h2o;tova;snapkv;knorm;dms", sweep: &[4.0], samples: 12 };
 
 /// The command line, filled in.
 struct Request<'a> {

@@ -36,7 +36,7 @@ impl Args {
             (Some(prompt), _) => Ok((prompt.clone(), false)),
             (None, Some(path)) => Ok((table::read_text(path)?, false)),
             (None, None) if self.model.model.is_none() => {
-                let problem = problems::chain(&mut StdRng::seed_from_u64(0), 1024);
+                let problem = problems::chain(&mut StdRng::seed_from_u64(0), 256);
                 Ok((problem.before_answer(0), true))
             }
             (None, None) => anyhow::bail!("nothing to say: give --prompt or --prompt-file"),

@@ -14,7 +14,7 @@ pub(crate) struct Shipped {
 }
 
 macro_rules! shipped {
-    ($name:literal, $model:literal) => {
+    ($name:literal, $model:expr) => {
         Shipped {
             name: $name,
             model: $model,
@@ -26,9 +26,17 @@ macro_rules! shipped {
     };
 }
 
-/// The first of a model is what `dms` takes.
-const ALL: &[Shipped] =
-    &[shipped!("smollm2-135m-instruct-w256-8x", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")];
+const SMOLLM2: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+const QWEN_CODER: &str = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32";
+
+/// The first of a model is what `dms` takes: the one nearest to the dense model.
+const ALL: &[Shipped] = &[
+    shipped!("smollm2-135m-instruct-w256-4x", SMOLLM2),
+    shipped!("smollm2-135m-instruct-w256-8x", SMOLLM2),
+    shipped!("smollm2-135m-instruct-w64-4x", SMOLLM2),
+    shipped!("qwen2.5-coder-0.5b-instruct-w256-4x", QWEN_CODER),
+    shipped!("qwen2.5-coder-0.5b-instruct-w256-7x", QWEN_CODER),
+];
 
 /// Gates of the model with this hash: those of a name, else the first.
 pub(crate) fn find(model: &str, name: Option<&str>) -> Option<&'static Shipped> {
