@@ -124,20 +124,32 @@ pub struct DemoConfig {
     pub seed: u64,
 }
 
+/// What is trained on: short problems alone until they are solved. Looking up what was read is found there or not at all,
+/// and then goes on to hold for long ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Short,
+    All,
+}
+
+/// The loss below which the model looks up what it read: guessing among a few facts is twice as far off and more.
+const SOLVED: f64 = 0.04;
+
 impl DemoConfig {
-    /// Short problems come first: what they teach is found sooner, and goes on to hold for long ones.
-    fn length(&self, step: u64) -> usize {
-        match step as f64 / self.rate.steps as f64 {
-            done if done < 0.15 => self.context / 8 + 32,
-            done if done < 0.3 => self.context / 4,
+    /// Bytes of a step's problems.
+    fn length(&self, stage: Stage, step: u64) -> usize {
+        match (stage, step % 8) {
+            (Stage::Short, _) | (_, 1) => self.context / 4,
             // Short ones go on, or they are forgotten.
-            _ => match step % 8 {
-                0 => self.context / 8 + 32,
-                1 => self.context / 4,
-                2 | 3 => self.context / 2,
-                _ => self.context,
-            },
+            (_, 0) => self.context / 8 + 32,
+            (_, 2 | 3) => self.context / 2,
+            _ => self.context,
         }
+    }
+
+    /// The stage after a step: long problems come at half of the steps at the latest.
+    fn stage(&self, now: Stage, step: u64, loss: f64) -> Stage {
+        if loss < SOLVED || step >= self.rate.steps / 2 { Stage::All } else { now }
     }
 }
 
@@ -154,26 +166,28 @@ pub fn train_demo(config: &DemoConfig, device: &Device, dir: &Path, observer: &m
     let mut optimizer = AdamW::new(adamw, model.parameters()?)?;
     let source = Problems { others: 0.05, seed: config.seed };
     let (started, mut tokens) = (Instant::now(), 0);
-    let batch = |step: u64| {
-        let length = config.length(step);
+    let batch = |stage: Stage, step: u64| {
+        let length = config.length(stage, step);
         let sequences = (config.batch_tokens / length).max(1) as u64;
         // Numbers of their own for each step, whatever its length.
         let first = step << 20;
         (step < config.rate.steps).then(|| source.batch(first..first + sequences, length, device)).transpose()
     };
-    let mut next = batch(0)?;
+    let mut stage = Stage::Short;
+    let mut next = batch(stage, 0)?;
     while let Some(now) = next {
         let step = optimizer.steps();
         let (gradients, loss) = next_token_gradients(&model, &now)?;
         let norm = optimizer.step(&gradients, |_| config.rate.at(step))?;
         model.set_parameters(optimizer.params())?;
-        next = batch(step + 1)?;
+        next = batch(stage, step + 1)?;
         tokens += (now.sequences * now.length) as u64;
         if step % 50 == 49 || step + 1 == config.rate.steps {
             let (loss, norm) = (loss.to_scalar::<f32>()? as f64, norm.to_scalar::<f32>()? as f64);
             if !loss.is_finite() {
                 return Err(Error::Model(format!("the loss is no finite number at step {step}: take a lower rate")));
             }
+            stage = config.stage(stage, step, loss);
             observer.step(&super::run::StepRecord {
                 step: step + 1,
                 tokens,
