@@ -172,7 +172,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     report(&trainee, &evaluation, &batches)?;
     #[cfg(feature = "plot")]
     crate::plot::draw(&[args.out.join("train.jsonl")], &args.out.join("train.svg"))?;
-    eprintln!("gates: dms:weights={}", args.out.join("gates.safetensors").display());
+    match args.train {
+        Training::Gates => eprintln!("gates: dms:weights={}", args.out.join("gates.safetensors").display()),
+        // They judge the model with what it has learned, and no other.
+        Training::Lora | Training::Full => {
+            eprintln!("the model with them: kvpolicy export --model .. --gates {} --out ..", args.out.display());
+        }
+    }
     Ok(())
 }
 

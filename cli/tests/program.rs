@@ -231,6 +231,22 @@ fn retrofit_trains_gates_that_can_be_used() {
         ["generate", "--policy", "dms:weights=out/gates.safetensors", "--prompt", "a boat", "--max-tokens", "3"];
     succeeded(&program(&dir, &prompt));
 
+    // Gates that learned with weights are of the model with these, which export makes.
+    let said = program(&dir, &args(&["--train", "lora", "--lora-rank", "2"]));
+    assert!(String::from_utf8_lossy(&said.stderr).contains("kvpolicy export"), "{said:?}");
+    succeeded(&said);
+    let alone = program(&dir, &prompt);
+    let error = String::from_utf8_lossy(&alone.stderr).into_owned();
+    assert!(!alone.status.success() && error.contains("adapter_model.safetensors"), "{error}");
+    let whole = succeeded(&program(&dir, &["export", "--gates", "out", "--out", "whole"]));
+    assert!(whole.contains("adapter"), "{whole}");
+    succeeded(&program(
+        &dir,
+        &["generate", "--model", "whole", "--policy", "dms", "--prompt", "a", "--max-tokens", "3"],
+    ));
+    succeeded(&program(&dir, &args(&[])));
+    succeeded(&program(&dir, &prompt));
+
     let before = log(&dir);
     let refused = |more: &[&'static str], word: &str| {
         let output = program(&dir, &args(more));

@@ -50,6 +50,9 @@ pub(crate) enum Description {
 
 /// The tensors that a training writes.
 pub(crate) const FILE: &str = "gates.safetensors";
+/// Weights of the model that learned with gates, beside them: whole tensors by their Hugging Face names, or a LoRA as PEFT has
+/// it.
+pub(crate) const WITH_GATES: [&str; 2] = ["weights.safetensors", "adapter_model.safetensors"];
 
 /// Where gates are described for Shisa's programs.
 pub(crate) const SHISA_FILE: &str = "dms_metadata.json";
@@ -116,6 +119,25 @@ impl Gates {
             _ => folder.weights()?,
         };
         layout.read(&mut Weights::from_files(&files, dtype, device)?, config)
+    }
+
+    /// Refuses gates that learned together with weights: the model as it was is not the one they judge.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming the weights beside them.
+    pub(crate) fn check_alone(path: &Path) -> Result<()> {
+        let dir = Self::folder(path);
+        let with = WITH_GATES.iter().map(|name| dir.join(name)).find(|file| dir.join(FILE).is_file() && file.is_file());
+        match with {
+            Some(file) => Err(Error::file(
+                &file,
+                format!(
+                    "the gates beside it belong to the model with these weights: make it with `kvpolicy export --gates {}`",
+                    dir.display()
+                ),
+            )),
+            None => Ok(()),
+        }
     }
 
     /// The folder that describes the gates of [`Gates::load`].

@@ -212,7 +212,18 @@ fn train(
     resume: bool,
     most: usize,
 ) -> (Result<Named, String>, Vec<StepRecord>) {
-    let trainee = Trainee::new(model, config.gates(), config.scale, config.offset);
+    train_with(Trains::Gates, model, config, dir, resume, most)
+}
+
+fn train_with(
+    trains: Trains,
+    model: &Model,
+    config: &RunConfig,
+    dir: &Path,
+    resume: bool,
+    most: usize,
+) -> (Result<Named, String>, Vec<StepRecord>) {
+    let trainee = Trainee::new(model, config.gates(), config.scale, config.offset).training(trains);
     let mut log = Log { records: vec![], most };
     let params = run(&trainee, &Repeats, config, dir, resume, &mut log).map_err(|e| e.to_string());
     (params, log.records)
@@ -221,15 +232,17 @@ fn train(
 #[test]
 fn training_goes_on_where_it_stopped() {
     let (model, config) = (model("llama"), settings(10));
-    let (through, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (whole, records) = train(&model, &config, through.path(), false, 100);
-    assert_eq!(records.len(), 10);
-    // It stops in step 7; the last checkpoint is of step 4.
-    assert!(train(&model, &config, broken.path(), false, 6).0.is_err());
-    let (resumed, again) = train(&model, &config, broken.path(), true, 100);
-    assert_eq!(again.iter().map(|r| r.step).collect::<Vec<_>>(), [5, 6, 7, 8, 9, 10]);
-    assert_eq!(numbers(&whole.unwrap()), numbers(&resumed.unwrap()));
-    assert_eq!(records[9].divergence, again[5].divergence);
+    for trains in [Trains::Gates, Trains::Lora { rank: 2 }, Trains::Full] {
+        let (through, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (whole, records) = train_with(trains, &model, &config, through.path(), false, 100);
+        assert_eq!(records.len(), 10);
+        // It stops in step 7; the last checkpoint is of step 4.
+        assert!(train_with(trains, &model, &config, broken.path(), false, 6).0.is_err());
+        let (resumed, again) = train_with(trains, &model, &config, broken.path(), true, 100);
+        assert_eq!(again.iter().map(|r| r.step).collect::<Vec<_>>(), [5, 6, 7, 8, 9, 10]);
+        assert_eq!(numbers(&whole.unwrap()), numbers(&resumed.unwrap()));
+        assert_eq!(records[9].divergence, again[5].divergence);
+    }
 }
 
 #[test]

@@ -1,15 +1,17 @@
 //! Weights that a training wrote beside gates: whole tensors, or a LoRA adapter in PEFT's layout.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    gates::WITH_GATES,
+};
 use candle_core::{DType, Device, Tensor};
 use kvpolicy::retrofit::Named;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::{collections::HashMap, fs, path::Path};
 
-/// Whole tensors by their Hugging Face names.
-const WEIGHTS: &str = "weights.safetensors";
-const ADAPTER: &str = "adapter_model.safetensors";
+const WEIGHTS: &str = WITH_GATES[0];
+const ADAPTER: &str = WITH_GATES[1];
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// What a training changed beside gates, and in how many tensors of the model.

@@ -40,21 +40,25 @@ pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<Stri
     Ok(path)
 }
 
-/// Writes what learned beside the gates: the weights of the blocks as `weights.safetensors`, bf16, by the names of Hugging
+/// Writes what learned beside the gates, in place of what an earlier training left there: the weights of the blocks as `weights.safetensors`, bf16, by the names of Hugging
 /// Face; or a LoRA as the library PEFT reads it, `adapter_model.safetensors` and `adapter_config.json`.
 ///
 /// # Errors
 /// [`Error::File`] naming the file that cannot be written.
 pub fn save_weights(dir: &Path, trainee: &Trainee, params: &Named) -> Result<()> {
+    let [weights_file, adapter_file] = gates::WITH_GATES.map(|name| dir.join(name));
+    for file in [&weights_file, &adapter_file].into_iter().filter(|file| file.is_file()) {
+        fs::remove_file(file).map_err(|e| Error::file(file, e))?;
+    }
     match trainee.trains() {
         Trains::Gates => Ok(()),
         Trains::Full => {
             let mut weights = trainee.student(params)?.hf_tensors()?;
             weights.retain(|name, _| name.starts_with("model.layers."));
-            write(&dir.join("weights.safetensors"), &rounded(&weights)?, None)
+            write(&weights_file, &rounded(&weights)?, None)
         }
         Trains::Lora { rank } => {
-            write(&dir.join("adapter_model.safetensors"), &peft_tensors(trainee.model().config(), params)?, None)?;
+            write(&adapter_file, &peft_tensors(trainee.model().config(), params)?, None)?;
             let config = json!({
                 "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": LORA_SCALE * rank as f64,
                 "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": false, "inference_mode": true,
