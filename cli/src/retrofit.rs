@@ -33,7 +33,15 @@ enum Direction {
     Teacher,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Gates {
+    /// A norm and a small matrix for each layer: the model itself stays as it is.
+    Adapter,
+    /// A neuron of the queries of each KV head, which attention loses: no tensors of its own.
+    Borrowed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Training {
     /// The gates: weights stay.
     Gates,
@@ -80,6 +88,9 @@ pub(crate) struct Args {
     /// Learning rate.
     #[arg(long, default_value_t = 3e-4)]
     rate: f64,
+    /// What decides.
+    #[arg(long, value_enum, default_value_t = Gates::Adapter)]
+    gates: Gates,
     /// What learns.
     #[arg(long, value_enum, default_value_t = Training::Gates)]
     train: Training,
@@ -155,6 +166,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let judged = Corpus::new(&lm, &held_out, plain, args.seed)?;
     judged.check(args.context).context("held-out text")?;
     let trainee = Trainee::new(lm.model(), config.gates(), args.scale, args.offset).training(args.trains());
+    let trainee = if args.gates == Gates::Borrowed { trainee.borrowing()? } else { trainee };
     eprintln!(
         "{}: {} tokens of text, {} held out; {} sequences of {} tokens a step",
         lm.name(),
@@ -172,12 +184,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     report(&trainee, &evaluation, &batches)?;
     #[cfg(feature = "plot")]
     crate::plot::draw(&[args.out.join("train.jsonl")], &args.out.join("train.svg"))?;
-    match args.train {
-        Training::Gates => eprintln!("gates: dms:weights={}", args.out.join("gates.safetensors").display()),
+    if (args.gates, args.train) == (Gates::Adapter, Training::Gates) {
+        eprintln!("gates: dms:weights={}", args.out.join("gates.safetensors").display());
+    } else {
         // They judge the model with what it has learned, and no other.
-        Training::Lora | Training::Full => {
-            eprintln!("the model with them: kvpolicy export --model .. --gates {} --out ..", args.out.display());
-        }
+        eprintln!("the model with them: kvpolicy export --model .. --gates {} --out ..", args.out.display());
     }
     Ok(())
 }

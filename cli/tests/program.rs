@@ -244,6 +244,15 @@ fn retrofit_trains_gates_that_can_be_used() {
         &dir,
         &["generate", "--model", "whole", "--policy", "dms", "--prompt", "a", "--max-tokens", "3"],
     ));
+    // The same of a borrowed neuron, whose weights are part of the queries'.
+    succeeded(&program(&dir, &args(&["--gates", "borrowed"])));
+    assert!(!dir.path().join("out/adapter_model.safetensors").exists(), "of the training before");
+    let whole = succeeded(&program(&dir, &["export", "--gates", "out", "--out", "neurons"]));
+    assert!(whole.contains("0 of gates, layout nvidia"), "{whole}");
+    succeeded(&program(
+        &dir,
+        &["generate", "--model", "neurons", "--policy", "dms", "--prompt", "a", "--max-tokens", "3"],
+    ));
     succeeded(&program(&dir, &args(&[])));
     succeeded(&program(&dir, &prompt));
 

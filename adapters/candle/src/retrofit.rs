@@ -6,6 +6,7 @@
 //! [`Trainee`] one step of it.
 
 mod demo;
+mod donors;
 mod evaluate;
 mod heads;
 mod pass;

@@ -9,7 +9,7 @@ use kvpolicy::retrofit::Named;
 use kvpolicy::*;
 use kvpolicy_candle::{
     Gates, LoadOptions, Model,
-    retrofit::{Batch, Divergence, Objective, Trainee},
+    retrofit::{Batch, Divergence, Objective, Trainee, Trains},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::{
@@ -244,11 +244,7 @@ impl Training {
     }
 
     fn check(&self) -> Check {
-        let has_adapters = self.config["dms_separate_alpha"] == true && self.config["attention_bias"] != true;
         let Some(noise) = self.tensors.get("train.noise") else { return Ok("no training".into()) };
-        if !has_adapters {
-            return Ok("training of borrowed neurons is not checked: they are not trained here".into());
-        }
         let number = |name: &str| self.config[name].as_f64().unwrap();
         let trainee = Trainee::new(
             &self.model,
@@ -256,6 +252,7 @@ impl Training {
             number("dms_alpha_scale"),
             number("dms_initial_alpha_offset"),
         );
+        let (trainee, params) = self.learning(trainee);
         let objective = Objective {
             tau: number("dms_tau"),
             evicted: self.case["train"]["target_frac"].as_f64().unwrap(),
@@ -268,7 +265,8 @@ impl Training {
             let own = noise.get(layer)?.transpose(1, 2)?.contiguous()?;
             Ok(own.flatten(0, 1)?)
         };
-        let (gradients, losses) = trainee.gradients(&self.params, &self.batch(), &objective, of_layer).unwrap();
+        let (gradients, losses) = trainee.gradients(&params, &self.batch(), &objective, of_layer).unwrap();
+        let gradients = self.named(gradients);
         let mut worst = 0f32;
         for (name, got) in [("distil_loss", &losses.divergence), ("dms_loss", &losses.compression)] {
             let expected = self.tensors[&format!("train.{name}")].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
@@ -277,8 +275,10 @@ impl Training {
                 return Err(format!("{name} is {got}, expected {expected}").into());
             }
         }
+        let mut checked = 0;
         for (name, got) in &gradients {
             let Some(expected) = self.tensors.get(&format!("train.grad.{name}")) else { continue };
+            checked += 1;
             let largest =
                 |x: &Tensor| x.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
             let error = largest(&(got - expected).unwrap()) / largest(expected);
@@ -287,7 +287,34 @@ impl Training {
             }
             worst = worst.max(error);
         }
+        let recorded = self.tensors.keys().filter(|name| name.starts_with("train.grad.")).count();
+        if checked != recorded {
+            return Err(format!("{checked} of {recorded} gradients were compared").into());
+        }
         Ok(format!("training within {worst:.1e} of the largest gradients"))
+    }
+
+    /// Adapters alone learn; borrowed neurons are part of weights that do.
+    fn learning<'a>(&self, trainee: Trainee<'a>) -> (Trainee<'a>, Named) {
+        if self.config["dms_separate_alpha"] == true {
+            return (trainee, self.params.clone());
+        }
+        (trainee.training(Trains::Full).borrowing().unwrap(), self.model.clone().parameters().unwrap())
+    }
+
+    /// Gradients by the reference's names.
+    fn named(&self, mut gradients: Named) -> Named {
+        let rows = self.model.config().q_heads * self.model.config().head_dim;
+        for layer in 0..self.model.config().layers {
+            let of = |part: &str| format!("model.layers.{layer}.self_attn.{part}.weight");
+            if let Some(qkv) = gradients.remove(&format!("layers.{layer}.qkv")) {
+                gradients.insert(of("q_proj"), qkv.narrow(0, 0, rows).unwrap());
+            }
+            if let Some(norm) = gradients.remove(&format!("layers.{layer}.q_norm")) {
+                gradients.insert(of("q_norm"), norm);
+            }
+        }
+        gradients
     }
 
     /// What is not padding and no end of a text counts, all alike.

@@ -87,16 +87,24 @@ fn check(params: &Named, gradients: &Named, loss: impl Fn(&Named) -> f64, step: 
 
 #[test]
 fn gate_gradients_are_the_slopes_of_the_loss() {
-    for (family, lag, per, divergence, trains) in [
-        ("llama", Lag::Previous, PerGate::Head, Divergence::Student, Trains::Gates),
-        ("qwen2", Lag::Own, PerGate::Head, Divergence::Teacher, Trains::Full),
-        ("qwen3", Lag::Previous, PerGate::Layer, Divergence::Student, Trains::Full),
-        ("llama", Lag::Previous, PerGate::Head, Divergence::Teacher, Trains::Lora { rank: 3 }),
-        ("qwen2", Lag::Previous, PerGate::Head, Divergence::Student, Trains::Lora { rank: 2 }),
+    let (adapter, borrowed, lora) = (false, true, |rank| Trains::Lora { rank });
+    for (family, lag, per, divergence, trains, borrows) in [
+        ("llama", Lag::Previous, PerGate::Head, Divergence::Student, Trains::Gates, adapter),
+        ("qwen2", Lag::Own, PerGate::Head, Divergence::Teacher, Trains::Full, adapter),
+        ("qwen3", Lag::Previous, PerGate::Layer, Divergence::Student, Trains::Full, adapter),
+        ("llama", Lag::Previous, PerGate::Head, Divergence::Teacher, lora(3), adapter),
+        ("qwen2", Lag::Previous, PerGate::Head, Divergence::Student, lora(2), adapter),
+        ("llama", Lag::Previous, PerGate::Head, Divergence::Teacher, Trains::Gates, borrowed),
+        ("qwen2", Lag::Previous, PerGate::Head, Divergence::Student, Trains::Gates, borrowed),
+        ("qwen3", Lag::Previous, PerGate::Head, Divergence::Teacher, Trains::Gates, borrowed),
+        ("qwen2", Lag::Previous, PerGate::Layer, Divergence::Teacher, Trains::Full, borrowed),
+        ("qwen3", Lag::Previous, PerGate::Head, Divergence::Student, Trains::Full, borrowed),
+        ("llama", Lag::Previous, PerGate::Head, Divergence::Student, lora(3), borrowed),
     ] {
         let model = model(family);
         let gates = GateSpec { window: 3, lag, per, disable: false };
         let trainee = Trainee::new(&model, gates, 1.0, 0.5).training(trains);
+        let trainee = if borrows { trainee.borrowing().unwrap() } else { trainee };
         let batch = batch(2, 24);
         // Without the compression loss, whose gradient is straight-through and no slope of anything.
         let objective = Objective { tau: 1.0, evicted: 0.0, compression: 0.0, divergence, activations: 0 };
@@ -107,7 +115,11 @@ fn gate_gradients_are_the_slopes_of_the_loss() {
             .into_iter()
             .map(|(name, p)| {
                 // Weights stay near what they are.
-                let noise = random(&mut rng, p.dims(), if name.starts_with("layers.") { 0.05 } else { 0.4 });
+                let noise = random(
+                    &mut rng,
+                    p.dims(),
+                    if name.starts_with("layers.") && !name.ends_with("neurons") { 0.05 } else { 0.4 },
+                );
                 (name, (p + noise).unwrap())
             })
             .collect();

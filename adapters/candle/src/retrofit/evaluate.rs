@@ -4,7 +4,10 @@ use super::{
     pass::Pass,
     trainee::{Batch, Trainee, rows_at_a_time},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    model::Model,
+};
 use candle_core::{DType, Tensor};
 use kvpolicy::retrofit::{HIDDEN, Named, hard_keep, losses};
 use serde::Serialize;
@@ -109,22 +112,22 @@ impl Trainee<'_> {
             Judged::Gates(params) => self.student(params)?,
             Judged::Dense | Judged::Window { .. } => self.model().clone(),
         };
-        let pass = Pass::new(&student, batch.sequences, batch.length, window)?;
+        let pass = Pass::new(&student, batch.sequences, batch.length, window, self.donors())?;
         let mut x = pass.embed(&batch.tokens)?;
         for (layer, live) in live.iter_mut().enumerate() {
-            let keep = self.keep(batch, judged, layer, &x)?;
+            let keep = self.keep(&student, batch, judged, layer, &x)?;
             count_live(batch, keep.as_ref(), window, live)?;
             x = pass.forward(layer, &x, keep.as_ref())?.0;
         }
         self.compare(&pass, &pass.finish(&x)?, &teacher, batch)
     }
 
-    fn keep(&self, batch: &Batch, judged: Judged, layer: usize, x: &Tensor) -> Result<Option<Tensor>> {
+    fn keep(&self, student: &Model, batch: &Batch, judged: Judged, layer: usize, x: &Tensor) -> Result<Option<Tensor>> {
         let (tokens, heads) = (batch.sequences * batch.length, self.model().config().kv_heads);
         match judged {
             Judged::Dense => Ok(None),
             Judged::Gates(params) => {
-                let logits = self.logits(params, layer, x)?;
+                let logits = self.logits(student, params, layer, x)?;
                 Ok(Some(hard_keep(&logits, batch.sequences, self.gates.lag, self.gates.per)?))
             }
             Judged::Window { sinks, .. } => {

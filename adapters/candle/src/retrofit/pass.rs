@@ -1,7 +1,7 @@
 //! The decoder of [`Model`] over sequences of equal length, forward and backward, by hand: a block's activations live
 //! while the block is at work, and are made again from its input when its gradients are due.
 
-use super::dense;
+use super::{dense, donors::Donors};
 use crate::{
     config::Config,
     error::Result,
@@ -17,6 +17,7 @@ pub(super) struct Pass<'a> {
     model: &'a Model,
     attention: SoftAttention,
     rotation: Rotation,
+    donors: Option<&'a Donors>,
 }
 
 /// What a block computed on the way.
@@ -51,8 +52,15 @@ pub(super) struct BlockGrads {
 }
 
 impl<'a> Pass<'a> {
-    /// `length`: tokens of each sequence; `window`: from which distance on keys count as kept or not.
-    pub(super) fn new(model: &'a Model, sequences: usize, length: usize, window: usize) -> Result<Self> {
+    /// `length`: tokens of each sequence; `window`: from which distance on keys count as kept or not; `donors`: neurons of the
+    /// queries that attention does not see.
+    pub(super) fn new(
+        model: &'a Model,
+        sequences: usize,
+        length: usize,
+        window: usize,
+        donors: Option<&'a Donors>,
+    ) -> Result<Self> {
         let Config { q_heads, kv_heads, head_dim, .. } = *model.config();
         let scale = 1.0 / (head_dim as f32).sqrt();
         let positions: Vec<u32> = (0..sequences).flat_map(|_| 0..length as u32).collect();
@@ -60,7 +68,7 @@ impl<'a> Pass<'a> {
         let rotation =
             Rotation::new(positions, model.inv_freq.clone(), model.config().rope.layout, model.embedding.dtype());
         let attention = SoftAttention { sequences, length, q_heads, kv_heads, head_dim, window, scale };
-        Ok(Self { model, attention, rotation })
+        Ok(Self { model, attention, rotation, donors })
     }
 
     pub(super) fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
@@ -84,7 +92,16 @@ impl<'a> Pass<'a> {
     fn heads(&self, block: &Block, normed: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
         let product = block.qkv.product(normed)?;
         let raw = if block.heads.q_norm.is_some() { Some(block.heads.biased(&product)?) } else { None };
-        Ok((raw, block.heads.rotated(product, &self.rotation)?))
+        let Some(donors) = self.donors else { return Ok((raw, block.heads.rotated(product, &self.rotation)?)) };
+        let [q, k, v] = donors.apart(&block.heads.before_rope(&product)?)?;
+        let rotated = Tensor::cat(&[self.rotation.apply(&q)?, self.rotation.apply(&k)?, v], 1)?;
+        Ok((raw, donors.hide(&rotated)?))
+    }
+
+    /// The gradient of queries, keys and values before RoPE, given that after it.
+    fn unrotated(&self, block: &Block, after: Tensor) -> Result<Tensor> {
+        let Some(donors) = self.donors else { return Ok(block.heads.unrotate(after, &self.rotation)?) };
+        Ok(donors.hide(&block.heads.unrotate(donors.hide(&after)?, &self.rotation)?)?)
     }
 
     /// Gradients of a block, given that with respect to what it returned. `weights`: whether those of its weights count.
@@ -105,7 +122,7 @@ impl<'a> Pass<'a> {
         let middle = ops::rms_norm_backward(&a.middle, &block.mlp_norm, eps, &mlp_normed, Some(out))?;
         let attended = middle.matmul(dense(&block.o.matrix)?)?.reshape(a.attended.dims())?;
         let grads = self.attention.backward(&a.qkv, keep, &a.attended, &a.lse, &attended)?;
-        let after_norm = block.heads.unrotate(grads.qkv, &self.rotation)?;
+        let after_norm = self.unrotated(block, grads.qkv)?;
         let qkv = match &a.raw {
             // A GPU overwrites what it is given, and the weights' gradients need it again.
             Some(raw) => block.heads.norm_backward(raw, after_norm.copy()?)?,

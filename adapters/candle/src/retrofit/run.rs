@@ -121,6 +121,7 @@ impl RunConfig {
         json!({
             "context": context, "window": window, "target-cr": target, "anneal": anneal, "steps": steps,
             "warmup": warmup, "rate": peak, "trains": format!("{:?}", trainee.trains()),
+            "borrows": trainee.borrows(),
             "weights-rate": self.weights_rate, "per": format!("{:?}", self.per), "scale": self.scale,
             "offset": self.offset, "tau": self.tau, "compression": self.compression,
             "divergence": format!("{:?}", self.divergence), "sequences": self.sequences,

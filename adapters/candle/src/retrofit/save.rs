@@ -2,7 +2,7 @@
 
 use super::{
     student::{LORA_SCALE, Trains, factors},
-    trainee::{Trainee, is_gate},
+    trainee::{Trainee, is_adapter},
 };
 use crate::{
     config::Config,
@@ -31,7 +31,7 @@ const SETTINGS: &str = "kvpolicy.settings";
 pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<String, Value>) -> Result<PathBuf> {
     create(dir)?;
     let path = dir.join(gates::FILE);
-    let gates = params.iter().filter(|(name, _)| is_gate(name)).map(|(name, gate)| (name.clone(), gate.clone()));
+    let gates = params.iter().filter(|(name, _)| is_adapter(name)).map(|(name, gate)| (name.clone(), gate.clone()));
     write(&path, &rounded(&gates.collect())?, None)?;
     let mut config = dms_fields(trainee);
     config.extend(about);
@@ -40,8 +40,8 @@ pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<Stri
     Ok(path)
 }
 
-/// Writes what learned beside the gates, in place of what an earlier training left there: the weights of the blocks as `weights.safetensors`, bf16, by the names of Hugging
-/// Face; or a LoRA as the library PEFT reads it, `adapter_model.safetensors` and `adapter_config.json`.
+/// Writes what learned beside the gates, in place of what an earlier training left there: the weights of the blocks, or those of the
+/// queries where only borrowed neurons learned, as `weights.safetensors`, bf16, by the names of Hugging Face; or a LoRA as the library PEFT reads it, `adapter_model.safetensors` and `adapter_config.json`.
 ///
 /// # Errors
 /// [`Error::File`] naming the file that cannot be written.
@@ -50,14 +50,17 @@ pub fn save_weights(dir: &Path, trainee: &Trainee, params: &Named) -> Result<()>
     for file in [&weights_file, &adapter_file].into_iter().filter(|file| file.is_file()) {
         fs::remove_file(file).map_err(|e| Error::file(file, e))?;
     }
-    match trainee.trains() {
-        Trains::Gates => Ok(()),
-        Trains::Full => {
-            let mut weights = trainee.student(params)?.hf_tensors()?;
-            weights.retain(|name, _| name.starts_with("model.layers."));
-            write(&weights_file, &rounded(&weights)?, None)
-        }
-        Trains::Lora { rank } => {
+    let whole = |is_wanted: fn(&str) -> bool| {
+        let mut weights = trainee.student(params)?.hf_tensors()?;
+        weights.retain(|name, _| name.starts_with("model.layers.") && is_wanted(name));
+        write(&weights_file, &rounded(&weights)?, None)
+    };
+    match (trainee.trains(), trainee.borrows()) {
+        (Trains::Gates, false) => Ok(()),
+        (Trains::Gates, true) => whole(|name| name.contains(".q_proj.")),
+        // A LoRA has no words for neurons that were set to zero first.
+        (Trains::Full, _) | (Trains::Lora { .. }, true) => whole(|_| true),
+        (Trains::Lora { rank }, false) => {
             write(&adapter_file, &peft_tensors(trainee.model().config(), params)?, None)?;
             let config = json!({
                 "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": LORA_SCALE * rank as f64,
@@ -99,7 +102,7 @@ pub fn dms_fields(trainee: &Trainee) -> Map<String, Value> {
         ("dms_alpha_scale", json!(trainee.scale)),
         ("dms_initial_alpha_offset", json!(trainee.offset)),
         ("dms_alpha_per", json!(per)),
-        ("dms_separate_alpha", json!(true)),
+        ("dms_separate_alpha", json!(!trainee.borrows())),
         ("dms_disable_eviction", json!(false)),
     ];
     fields.map(|(name, value)| (name.to_string(), value)).into_iter().collect()

@@ -16,7 +16,7 @@ use kvpolicy::retrofit::{Named, losses};
 /// Those of the tensor library; quantized weights.
 pub fn next_token_gradients(model: &Model, batch: &Batch) -> Result<(Named, Tensor)> {
     let config = model.config();
-    let pass = Pass::new(model, batch.sequences, batch.length, batch.length)?;
+    let pass = Pass::new(model, batch.sequences, batch.length, batch.length, None)?;
     let mut x = pass.embed(&batch.tokens)?;
     let mut inputs = vec![];
     for layer in 0..config.layers {

@@ -1,5 +1,6 @@
 //! What may learn beside the gates: nothing, low-rank additions to the weights, or the weights of all blocks.
 
+use super::donors::Donors;
 use crate::{
     error::{Error, Result},
     model::Model,
@@ -30,14 +31,21 @@ pub(super) const LORA_SCALE: f64 = 2.0;
 const PROJECTIONS: [&str; 4] = ["qkv", "o", "gate_up", "down"];
 
 impl Trains {
-    /// Parameters beside the gates as training begins, f32: `NAME.lora_a` `[rank, in]` and `NAME.lora_b` `[out, rank]`, or
-    /// weights, by the names of [`Model::parameters`]. The model they make is `model` itself.
-    pub(super) fn fresh(self, model: &Model, seed: u64) -> Result<Named> {
-        if self == Self::Gates {
-            return Ok(Named::new());
-        }
-        let blocks = model.clone().parameters()?.into_iter().filter(|(name, _)| name.starts_with("layers."));
-        let Self::Lora { rank } = self else { return Ok(blocks.collect()) };
+    /// Parameters beside adapters as training begins, f32: borrowed neurons (`layers.N.qkv.neurons` `[kv_heads, hidden]`,
+    /// `layers.N.qkv_bias.neurons` `[kv_heads]`) unless weights learn that they are part of; `NAME.lora_a` `[rank, in]` and
+    /// `NAME.lora_b` `[out, rank]`, or weights, by the names of [`Model::parameters`]. The model they make is `model` itself,
+    /// but for the neurons.
+    pub(super) fn fresh(self, model: &Model, donors: Option<&Donors>, seed: u64) -> Result<Named> {
+        let blocks = base(model, donors)?.into_iter().filter(|(name, _)| name.starts_with("layers."));
+        let rank = match (self, donors) {
+            (Self::Gates, None) => return Ok(Named::new()),
+            (Self::Gates, Some(donors)) => {
+                let joined = blocks.filter(|(name, _)| is_joined(name));
+                return joined.map(|(name, whole)| Ok((name + NEURONS, donors.taken(&whole)?))).collect();
+            }
+            (Self::Full, _) => return Ok(blocks.collect()),
+            (Self::Lora { rank }, _) => rank,
+        };
         if rank == 0 {
             return Err(Error::Model("a LoRA of rank 0 adds nothing: 1 or more".into()));
         }
@@ -52,13 +60,23 @@ impl Trains {
     }
 
     /// The model that parameters make of another.
-    pub(super) fn student(self, model: &Model, params: &Named) -> Result<Model> {
+    pub(super) fn student(self, model: &Model, donors: Option<&Donors>, params: &Named) -> Result<Model> {
         let mut student = model.clone();
         match self {
-            Self::Gates => {}
+            Self::Gates => {
+                let Some(donors) = donors else { return Ok(student) };
+                let joined = student.parameters()?.into_iter().filter(|(name, _)| is_joined(name));
+                let replaced = joined.map(|(name, whole)| {
+                    let neurons = named(params, &format!("{name}{NEURONS}"))?;
+                    Ok((name, donors.replaced(&whole, neurons)?))
+                });
+                student.set_parameters(&replaced.collect::<Result<_>>()?)?;
+            }
             Self::Full => student.set_parameters(params)?,
             Self::Lora { .. } => {
-                let weights = student.parameters()?.into_iter().filter(|(name, _)| is_projection(name));
+                let base = base(model, donors)?;
+                student.set_parameters(&base)?;
+                let weights = base.into_iter().filter(|(name, _)| is_projection(name));
                 let merged = weights.map(|(name, weight)| {
                     let (a, b) = factors(params, &name)?;
                     Ok((name, (weight + (b.matmul(a)? * LORA_SCALE)?)?))
@@ -70,9 +88,20 @@ impl Trains {
     }
 
     /// Adds gradients of the parameters, given those of a block's weights, f32 both.
-    pub(super) fn gradients(self, params: &Named, weights: Named, gradients: &mut Named) -> Result<()> {
+    pub(super) fn gradients(
+        self,
+        params: &Named,
+        donors: Option<&Donors>,
+        weights: Named,
+        gradients: &mut Named,
+    ) -> Result<()> {
         match self {
-            Self::Gates => {}
+            Self::Gates => {
+                let Some(donors) = donors else { return Ok(()) };
+                for (name, whole) in weights.into_iter().filter(|(name, _)| is_joined(name)) {
+                    gradients.insert(name + NEURONS, donors.taken(&whole)?);
+                }
+            }
             Self::Full => gradients.extend(weights),
             Self::Lora { .. } => {
                 for (name, gradient) in weights.into_iter().filter(|(name, _)| is_projection(name)) {
@@ -91,11 +120,35 @@ fn is_projection(name: &str) -> bool {
     name.starts_with("layers.") && PROJECTIONS.iter().any(|part| name.ends_with(&format!(".{part}")))
 }
 
+/// What is joined of q, k and v: where borrowed neurons are.
+fn is_joined(name: &str) -> bool {
+    name.ends_with(".qkv") || name.ends_with(".qkv_bias")
+}
+
+/// The end of a name: the rows of a tensor that are borrowed neurons.
+const NEURONS: &str = ".neurons";
+
+/// Whether a parameter is borrowed neurons.
+pub(super) fn is_neuron(name: &str) -> bool {
+    name.ends_with(NEURONS)
+}
+
+/// A model's weights, f32, its borrowed neurons zero: they evict nothing yet.
+fn base(model: &Model, donors: Option<&Donors>) -> Result<Named> {
+    let mut all = model.clone().parameters()?;
+    if let Some(donors) = donors {
+        for (_, whole) in all.iter_mut().filter(|(name, _)| is_joined(name)) {
+            *whole = donors.replaced(whole, &donors.taken(whole)?.zeros_like()?)?;
+        }
+    }
+    Ok(all)
+}
+
 /// A and B of a projection.
 pub(super) fn factors<'a>(params: &'a Named, name: &str) -> Result<(&'a Tensor, &'a Tensor)> {
-    let part = |part: &str| {
-        let name = format!("{name}.{part}");
-        params.get(&name).ok_or_else(|| Error::Model(format!("the parameters have no tensor `{name}`")))
-    };
-    Ok((part("lora_a")?, part("lora_b")?))
+    Ok((named(params, &format!("{name}.lora_a"))?, named(params, &format!("{name}.lora_b"))?))
+}
+
+fn named<'a>(params: &'a Named, name: &str) -> Result<&'a Tensor> {
+    params.get(name).ok_or_else(|| Error::Model(format!("the parameters have no tensor `{name}`")))
 }

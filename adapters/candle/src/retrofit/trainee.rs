@@ -1,6 +1,10 @@
 //! A model with gates that learn: the losses of a batch and their gradients.
 
-use super::{pass::Pass, student::Trains};
+use super::{
+    donors::Donors,
+    pass::{BlockGrads, Pass},
+    student::{Trains, is_neuron},
+};
 use crate::{
     error::{Error, Result},
     model::Model,
@@ -70,11 +74,12 @@ pub struct Losses {
     pub soft: Tensor,
 }
 
-/// A dense model with adapters as gates.
+/// A dense model with gates: adapters, or neurons borrowed of its queries.
 #[derive(Debug)]
 pub struct Trainee<'a> {
     model: &'a Model,
     trains: Trains,
+    donors: Option<Donors>,
     /// Window, lag and whether heads decide for themselves.
     pub gates: GateSpec,
     /// Factor of decision logits.
@@ -91,12 +96,31 @@ pub(super) fn rows_at_a_time(vocab: usize) -> usize {
 impl<'a> Trainee<'a> {
     /// `model`: with dense weights, which stay.
     pub fn new(model: &'a Model, gates: GateSpec, scale: f64, offset: f64) -> Self {
-        Self { model, trains: Trains::Gates, gates, scale, offset }
+        Self { model, trains: Trains::Gates, donors: None, gates, scale, offset }
     }
 
     /// More learns than the gates.
     pub fn training(self, trains: Trains) -> Self {
         Self { trains, ..self }
+    }
+
+    /// A neuron of the queries decides instead of an adapter (NVIDIA's `dms_separate_alpha` false), and starts at zero. The
+    /// dense model that it is measured by does without these neurons, too.
+    ///
+    /// # Errors
+    /// Those of the tensor library.
+    pub fn borrowing(self) -> Result<Self> {
+        let donors = Some(Donors::new(self.model.config(), &self.model.embedding)?);
+        Ok(Self { donors, ..self })
+    }
+
+    /// Whether a neuron decides.
+    pub fn borrows(&self) -> bool {
+        self.donors.is_some()
+    }
+
+    pub(super) fn donors(&self) -> Option<&Donors> {
+        self.donors.as_ref()
     }
 
     /// What learns.
@@ -109,13 +133,16 @@ impl<'a> Trainee<'a> {
         self.model
     }
 
-    /// Adapters that evict nothing yet, f32, by the names of NVIDIA's layout, and what else learns.
+    /// Gates that evict nothing yet, f32 (adapters by the names of NVIDIA's layout), and what else learns.
     ///
     /// # Errors
     /// Those of the tensor library; quantized weights that are to learn.
     pub fn fresh(&self, seed: u64) -> Result<Named> {
         let (config, device) = (self.model.config(), self.model.device());
-        let mut named = self.trains.fresh(self.model, seed)?;
+        let mut named = self.trains.fresh(self.model, self.donors(), seed)?;
+        if self.borrows() {
+            return Ok(named);
+        }
         for layer in 0..config.layers {
             let [norm, weight] = names(layer);
             named.insert(norm, Tensor::ones(config.hidden, DType::F32, device)?);
@@ -150,13 +177,14 @@ impl<'a> Trainee<'a> {
         let layers = self.model.config().layers;
         let teacher = self.dense(batch)?;
         let student = self.student(params)?;
-        let pass = Pass::new(&student, batch.sequences, batch.length, self.gates.window as usize)?;
+        let window = self.gates.window as usize;
+        let pass = Pass::new(&student, batch.sequences, batch.length, window, self.donors())?;
 
         let mut x = pass.embed(&batch.tokens)?;
         let (mut inputs, mut evicted, mut soft) = (Vec::with_capacity(layers), vec![], vec![]);
         let mut room = objective.activations;
         for layer in 0..layers {
-            let gates = self.soft(params, layer, &x, batch, objective, &noise)?;
+            let gates = self.soft(&student, params, layer, &x, batch, objective, &noise)?;
             evicted.push(gates.evicted()?);
             soft.push(gates.soft()?);
             let (after, on_the_way) = pass.forward(layer, &x, Some(&gates.keep()?))?;
@@ -172,17 +200,24 @@ impl<'a> Trainee<'a> {
 
         let mut gradients = Named::new();
         for (layer, (x, on_the_way)) in inputs.into_iter().enumerate().rev() {
-            let gates = self.soft(params, layer, &x, batch, objective, &noise)?;
+            let gates = self.soft(&student, params, layer, &x, batch, objective, &noise)?;
             let keep = gates.keep()?;
             let on_the_way = match on_the_way {
                 Some(kept) => kept,
                 None => pass.forward(layer, &x, Some(&keep))?.1,
             };
-            let learns = self.trains != Trains::Gates;
-            let block = pass.backward(layer, &x, Some(&keep), &on_the_way, &x_grad, learns)?;
-            self.trains.gradients(params, block.weights, &mut gradients)?;
-            let logits = gates.backward(&block.keep, &evicted_grad)?;
-            x_grad = self.gate_backward(params, layer, &x, &logits, &block.x, &mut gradients)?;
+            // A borrowed neuron is part of what a head norm is taken of: attention sees it after all.
+            let learns = self.trains != Trains::Gates || self.borrows();
+            let BlockGrads { x: through, keep, mut weights } =
+                pass.backward(layer, &x, Some(&keep), &on_the_way, &x_grad, learns)?;
+            let logits = (gates.backward(&keep, &evicted_grad)? * self.scale)?;
+            x_grad = match self.donors() {
+                Some(donors) => {
+                    donors.backward((layer, &student.blocks[layer]), &x, &logits, &through, &mut weights)?
+                }
+                None => self.gate_backward(params, layer, &x, &logits, &through, &mut gradients)?,
+            };
+            self.trains.gradients(params, self.donors(), weights, &mut gradients)?;
         }
         let losses = Losses { divergence, compression, evicted: evicted.mean(0)?, soft: soft.mean(0)? };
         Ok((gradients, losses))
@@ -193,12 +228,12 @@ impl<'a> Trainee<'a> {
     /// # Errors
     /// [`Error::Model`] if one is missing or of another shape.
     pub fn student(&self, params: &Named) -> Result<Model> {
-        self.trains.student(self.model, params)
+        self.trains.student(self.model, self.donors(), params)
     }
 
     /// The normed states of the model without gates.
     pub(super) fn dense(&self, batch: &Batch) -> Result<Tensor> {
-        let pass = Pass::new(self.model, batch.sequences, batch.length, batch.length)?;
+        let pass = Pass::new(self.model, batch.sequences, batch.length, batch.length, self.donors())?;
         let mut x = pass.embed(&batch.tokens)?;
         for layer in 0..self.model.config().layers {
             x = pass.forward(layer, &x, None)?.0;
@@ -207,7 +242,10 @@ impl<'a> Trainee<'a> {
     }
 
     /// Decision logits of a layer, f32 `[tokens, kv_heads]`.
-    pub(super) fn logits(&self, params: &Named, layer: usize, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn logits(&self, student: &Model, params: &Named, layer: usize, x: &Tensor) -> Result<Tensor> {
+        if let Some(donors) = self.donors() {
+            return Ok(donors.logits(&student.blocks[layer], x)?.affine(self.scale, -self.offset)?);
+        }
         ops::gate(x, &self.weights(params, layer)?, self.scale, self.offset)
     }
 
@@ -222,8 +260,10 @@ impl<'a> Trainee<'a> {
         Ok(GateWeights { norm: named(norm)?, eps: self.model.config().rms_eps, weight: named(weight)?, bias: None })
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn soft(
         &self,
+        student: &Model,
         params: &Named,
         layer: usize,
         x: &Tensor,
@@ -232,11 +272,11 @@ impl<'a> Trainee<'a> {
         noise: &impl Fn(usize) -> Result<Tensor>,
     ) -> Result<SoftGates> {
         let GateSpec { lag, per, .. } = self.gates;
-        let logits = self.logits(params, layer, x)?;
+        let logits = self.logits(student, params, layer, x)?;
         Ok(SoftGates::new(&logits, &noise(layer)?, batch.sequences, objective.tau, lag, per)?)
     }
 
-    /// Adds the gradients of a layer's gate, given that with respect to its logits; returns that with respect to the
+    /// Adds the gradients of a layer's adapter, given that with respect to its logits before their factor; returns that with respect to the
     /// residual stream, `x_grad` included.
     fn gate_backward(
         &self,
@@ -248,7 +288,6 @@ impl<'a> Trainee<'a> {
         gradients: &mut Named,
     ) -> Result<Tensor> {
         let weights = self.weights(params, layer)?;
-        let logits = (logits * self.scale)?;
         let normed = ops::rms_norm(x, &weights.norm, weights.eps)?;
         let weight = logits.t()?.matmul(&normed.to_dtype(DType::F32)?)?;
         let normed = logits.matmul(&weights.weight.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?;
@@ -290,7 +329,12 @@ pub(super) fn names(layer: usize) -> [String; 2] {
     ["dms_proj_alpha_norm.weight", "dms_proj_alpha.weight"].map(|part| format!("model.layers.{layer}.self_attn.{part}"))
 }
 
-/// Whether a parameter is one of [`names`].
+/// Whether a parameter is a gate's: one of [`names`], or a borrowed neuron.
 pub(super) fn is_gate(name: &str) -> bool {
+    is_adapter(name) || is_neuron(name)
+}
+
+/// Whether a parameter is one of [`names`].
+pub(super) fn is_adapter(name: &str) -> bool {
     name.contains(".dms_proj_alpha")
 }
