@@ -100,8 +100,8 @@ impl<'a> Pass<'a> {
 
     /// The gradient of queries, keys and values before RoPE, given that after it.
     fn unrotated(&self, block: &Block, after: Tensor) -> Result<Tensor> {
-        let Some(donors) = self.donors else { return Ok(block.heads.unrotate(after, &self.rotation)?) };
-        Ok(donors.hide(&block.heads.unrotate(donors.hide(&after)?, &self.rotation)?)?)
+        let Some(donors) = self.donors else { return block.heads.unrotate(after, &self.rotation) };
+        donors.hide(&block.heads.unrotate(donors.hide(&after)?, &self.rotation)?)
     }
 
     /// Gradients of a block, given that with respect to what it returned. `weights`: whether those of its weights count.

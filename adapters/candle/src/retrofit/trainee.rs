@@ -180,11 +180,16 @@ impl<'a> Trainee<'a> {
         let window = self.gates.window as usize;
         let pass = Pass::new(&student, batch.sequences, batch.length, window, self.donors())?;
 
+        let decide = |layer: usize, x: &Tensor| -> Result<SoftGates> {
+            let logits = self.logits(&student, params, layer, x)?;
+            let GateSpec { lag, per, .. } = self.gates;
+            Ok(SoftGates::new(&logits, &noise(layer)?, batch.sequences, objective.tau, lag, per)?)
+        };
         let mut x = pass.embed(&batch.tokens)?;
         let (mut inputs, mut evicted, mut soft) = (Vec::with_capacity(layers), vec![], vec![]);
         let mut room = objective.activations;
         for layer in 0..layers {
-            let gates = self.soft(&student, params, layer, &x, batch, objective, &noise)?;
+            let gates = decide(layer, &x)?;
             evicted.push(gates.evicted()?);
             soft.push(gates.soft()?);
             let (after, on_the_way) = pass.forward(layer, &x, Some(&gates.keep()?))?;
@@ -200,7 +205,7 @@ impl<'a> Trainee<'a> {
 
         let mut gradients = Named::new();
         for (layer, (x, on_the_way)) in inputs.into_iter().enumerate().rev() {
-            let gates = self.soft(&student, params, layer, &x, batch, objective, &noise)?;
+            let gates = decide(layer, &x)?;
             let keep = gates.keep()?;
             let on_the_way = match on_the_way {
                 Some(kept) => kept,
@@ -258,22 +263,6 @@ impl<'a> Trainee<'a> {
             None => Err(Error::Model(format!("the gates have no tensor `{name}`"))),
         };
         Ok(GateWeights { norm: named(norm)?, eps: self.model.config().rms_eps, weight: named(weight)?, bias: None })
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn soft(
-        &self,
-        student: &Model,
-        params: &Named,
-        layer: usize,
-        x: &Tensor,
-        batch: &Batch,
-        objective: &Objective,
-        noise: &impl Fn(usize) -> Result<Tensor>,
-    ) -> Result<SoftGates> {
-        let GateSpec { lag, per, .. } = self.gates;
-        let logits = self.logits(student, params, layer, x)?;
-        Ok(SoftGates::new(&logits, &noise(layer)?, batch.sequences, objective.tau, lag, per)?)
     }
 
     /// Adds the gradients of a layer's adapter, given that with respect to its logits before their factor; returns that with respect to the
