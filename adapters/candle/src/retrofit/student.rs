@@ -36,21 +36,22 @@ impl Trains {
     /// `NAME.lora_b` `[out, rank]`, or weights, by the names of [`Model::parameters`]. The model they make is `model` itself,
     /// but for the neurons.
     pub(super) fn fresh(self, model: &Model, donors: Option<&Donors>, seed: u64) -> Result<Named> {
-        let blocks = base(model, donors)?.into_iter().filter(|(name, _)| name.starts_with("layers."));
+        let blocks =
+            || Ok::<_, Error>(base(model, donors)?.into_iter().filter(|(name, _)| name.starts_with("layers.")));
         let rank = match (self, donors) {
             (Self::Gates, None) => return Ok(Named::new()),
             (Self::Gates, Some(donors)) => {
-                let joined = blocks.filter(|(name, _)| is_joined(name));
+                let joined = blocks()?.filter(|(name, _)| is_joined(name));
                 return joined.map(|(name, whole)| Ok((name + NEURONS, donors.taken(&whole)?))).collect();
             }
-            (Self::Full, _) => return Ok(blocks.collect()),
+            (Self::Full, _) => return Ok(blocks()?.collect()),
             (Self::Lora { rank }, _) => rank,
         };
         if rank == 0 {
             return Err(Error::Model("a LoRA of rank 0 adds nothing: 1 or more".into()));
         }
         let mut all = Named::new();
-        for (number, (name, weight)) in blocks.filter(|(name, _)| is_projection(name)).enumerate() {
+        for (number, (name, weight)) in blocks()?.filter(|(name, _)| is_projection(name)).enumerate() {
             let (out, input) = weight.dims2()?;
             let (seed, std) = (seed.wrapping_add(number as u64), (input as f64).sqrt().recip());
             all.insert(format!("{name}.lora_a"), ops::random(&[rank, input], std, seed, DType::F32, model.device())?);
