@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use candle_core::Tensor;
 use kvpolicy::{KvCache, Phase, SeqId, Step};
+use kvpolicy_candle::{Config, Gates};
 use mistralrs_core::kv_policy::{Attend, KvPolicy, State};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +17,8 @@ pub(crate) struct Passes {
     pub(crate) cache: KvCache,
     /// The pass that is under way.
     step: Option<Step>,
+    /// What the gates say of a layer's new tokens, f32 `[tokens, kv_heads]`, until the layer attends.
+    decided: Option<Tensor>,
 }
 
 impl Pool {
@@ -41,11 +44,14 @@ impl Drop for Row {
 #[derive(Debug)]
 pub(crate) struct Hosted {
     pool: Arc<Pool>,
+    gates: Option<Gates>,
+    config: Config,
 }
 
 impl Hosted {
-    pub(crate) fn new(cache: KvCache) -> Self {
-        Self { pool: Arc::new(Pool(Mutex::new(Passes { cache, step: None }))) }
+    pub(crate) fn new(cache: KvCache, gates: Option<Gates>, config: Config) -> Self {
+        let pool = Arc::new(Pool(Mutex::new(Passes { cache, step: None, decided: None })));
+        Self { pool, gates, config }
     }
 
     pub(crate) fn pool(&self) -> &Arc<Pool> {
@@ -59,9 +65,24 @@ impl KvPolicy for Hosted {
         Ok(Arc::new(Row { seq, pool: self.pool.clone() }))
     }
 
+    fn observe_hidden(&self, layer: usize, hidden: &Tensor) -> candle_core::Result<()> {
+        let Some(gates) = &self.gates else { return Ok(()) };
+        let decided = hidden.flatten_to(1).map_err(Error::from).and_then(|x| Ok(gates.adapt(layer, &x)?));
+        self.pool.lock().decided = decided.map_err(candle_core::Error::wrap)?;
+        Ok(())
+    }
+
+    fn prepare_queries(&self, _layer: usize, q: Tensor) -> candle_core::Result<Tensor> {
+        let Some(gates) = self.gates.as_ref().filter(|gates| gates.borrows_neurons()) else { return Ok(q) };
+        let borrowed = end_to_end(&q).and_then(|rows| Ok(gates.borrow(&self.config, rows)?));
+        let (decided, rest) = borrowed.map_err(candle_core::Error::wrap)?;
+        self.pool.lock().decided = Some(decided);
+        side_by_side(&rest, q.dims4()?)
+    }
+
     fn attend(&self, call: Attend<'_>) -> candle_core::Result<Tensor> {
         let mut passes = self.pool.lock();
-        let y = passes.attend(&call);
+        let y = passes.attend(&call, self.gates.as_ref());
         if y.is_err() {
             passes.give_up();
         }
@@ -71,19 +92,20 @@ impl KvPolicy for Hosted {
 
 impl Passes {
     /// One layer. The first begins a step, the last ends it.
-    fn attend(&mut self, call: &Attend<'_>) -> Result<Tensor> {
+    fn attend(&mut self, call: &Attend<'_>, gates: Option<&Gates>) -> Result<Tensor> {
         if call.layer == 0 {
             self.begin(call)?;
         }
         let step = self.step.as_ref().ok_or_else(|| Error::Host("started a pass in the middle".into()))?;
         check_attention(call, self.cache.spec().head_dim, step)?;
-        let new = step.tokens(end_to_end(call.q)?, end_to_end(call.k)?, end_to_end(call.v)?, None);
+        let q = end_to_end(call.q)?;
+        let q = if let Some(gates) = gates { gates.after_rope(q)? } else { q };
+        let new = step.tokens(q, end_to_end(call.k)?, end_to_end(call.v)?, self.decided.take());
         let y = self.cache.attend(call.layer, step, &new)?;
         if call.layer + 1 == self.cache.spec().layers {
             self.end()?;
         }
-        let (rows, heads, tokens, head_dim) = call.q.dims4()?;
-        Ok(y.reshape((rows, tokens, heads, head_dim))?.transpose(1, 2)?.contiguous()?)
+        Ok(side_by_side(&y, call.q.dims4()?)?)
     }
 
     fn begin(&mut self, call: &Attend<'_>) -> Result<()> {
@@ -121,6 +143,14 @@ impl Passes {
 fn end_to_end(x: &Tensor) -> Result<Tensor> {
     let (rows, heads, tokens, head_dim) = x.dims4()?;
     Ok(x.transpose(1, 2)?.contiguous()?.reshape((rows * tokens, heads, head_dim))?)
+}
+
+/// The way back, to the given dimensions.
+fn side_by_side(
+    x: &Tensor,
+    (rows, heads, tokens, head_dim): (usize, usize, usize, usize),
+) -> candle_core::Result<Tensor> {
+    x.reshape((rows, tokens, heads, head_dim))?.transpose(1, 2)?.contiguous()
 }
 
 /// Refuses what the cache's attention does not compute.

@@ -3,7 +3,7 @@
 use crate::{
     error::Result,
     hosted::{Hosted, Pool},
-    spec::spec_of,
+    spec::{config_of, gates_of},
 };
 use candle_core::DType;
 use kvpolicy::{CpuConfig, KvCache, Policy, Stats, Usage, cpu};
@@ -67,9 +67,13 @@ impl Hosting {
     }
 
     fn host(&self, model: &Model) -> Result<Hosted> {
-        let (spec, CacheOptions { kv_dtype, kv_bytes }) = (spec_of(model)?, self.options.clone());
+        let CacheOptions { kv_dtype, kv_bytes } = self.options;
+        let config = config_of(model)?;
+        let gates = gates_of(model, &config, &*self.policy)?;
+        let mut spec = config.spec();
+        spec.gates = gates.as_ref().map(|gates| gates.spec());
         let store = cpu(&spec, &CpuConfig { dtype: kv_dtype, limit_bytes: kv_bytes, ..CpuConfig::default() })?;
-        let hosted = Hosted::new(KvCache::new(spec, self.policy.clone(), store)?);
+        let hosted = Hosted::new(KvCache::new(spec, self.policy.clone(), store)?, gates, config);
         let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
         models.retain(|(_, pool)| pool.strong_count() > 0);
         models.push((model.id.clone(), Arc::downgrade(hosted.pool())));

@@ -21,8 +21,13 @@
 //! # What changes in the host
 //!
 //! PagedAttention and the prefix cache are off for a model under a policy. Tensor parallelism, X-LoRA, AnyMoE, speculative
-//! decoding, other architectures and layers with a sliding window are refused when the model is loaded; so is a policy
-//! that needs decision gates. A sequence that the pool has no memory for ends its batch with the reason.
+//! decoding, other architectures and layers with a sliding window are refused when the model is loaded. A sequence that the
+//! pool has no memory for ends its batch with the reason.
+//!
+//! # Gates
+//!
+//! `dms` takes the gates of the model's folder, as NVIDIA's and Shisa's checkpoints and `kvpolicy export` have them, or those
+//! that `dms:weights=` names, as a training writes them. A GGUF file has none of its own.
 
 mod error;
 mod hosted;

@@ -3,9 +3,12 @@
 
 mod common;
 
-use common::{by_candle, endless, generate, greedy, load, loader, max_difference, policy, prompt, start, write};
-use kvpolicy_mistralrs::{CacheOptions, register, unregister};
+use common::{
+    by_candle, by_host, endless, generate, greedy, load, loader, max_difference, policy, prompt, start, write,
+};
+use kvpolicy_mistralrs::unregister;
 use mistralrs_core::NormalLoaderType;
+use serde_json::json;
 
 const TOKENS: usize = 24;
 const POLICIES: [&str; 3] = ["full", "window:size=8,sinks=2", "tova:budget=12"];
@@ -17,10 +20,11 @@ async fn runtimes_agree() {
         [("llama", NormalLoaderType::Llama), ("qwen2", NormalLoaderType::Qwen2), ("qwen3", NormalLoaderType::Qwen3)]
     {
         let dir = tempfile::tempdir().unwrap();
-        write(&endless(arch), dir.path());
+        write(&endless(arch, json!({})), dir.path());
         let dense = own_cache(dir.path(), loads_as.clone()).await;
         for text in POLICIES {
-            let (here, evicted_here) = hosted(dir.path(), loads_as.clone(), text).await;
+            let (here, evicted_here) =
+                by_host(&*loader(dir.path(), loads_as.clone(), false), policy(text), &prompt(40), TOKENS).await;
             let (there, evicted_there) = by_candle(dir.path(), policy(text), &prompt(40), TOKENS);
             assert_eq!(greedy(&here), greedy(&there), "{arch} {text}");
             assert_eq!(here.len(), TOKENS, "{arch} {text}");
@@ -35,29 +39,6 @@ async fn runtimes_agree() {
             }
         }
     }
-}
-
-/// Logits under a policy, and the entries it dropped for them.
-async fn hosted(dir: &std::path::Path, arch: NormalLoaderType, text: &str) -> (Vec<Vec<f32>>, u64) {
-    let hosting = register(policy(text), &CacheOptions::default());
-    let host = start(load(&*loader(dir, arch, false)).unwrap()).await;
-    let evicted = || hosting.stats()[0].1.evicted;
-    let before = evicted(); // the host says hello to a new model
-    let logits = generate(&host, &prompt(40), TOKENS).await.unwrap();
-    let dropped = evicted() - before;
-    ended(&hosting).await;
-    (logits, dropped)
-}
-
-/// Every sequence gives its memory back, a moment after its answer.
-async fn ended(hosting: &kvpolicy_mistralrs::Hosting) {
-    for _ in 0..100 {
-        if hosting.usage()[0].1.live_entries == 0 {
-            return;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-    panic!("{:?} is still held", hosting.usage());
 }
 
 async fn own_cache(dir: &std::path::Path, arch: NormalLoaderType) -> Vec<Vec<f32>> {

@@ -7,15 +7,17 @@ pub mod tiny;
 use candle_core::{DType, Device, Tensor};
 use kvpolicy::{Policy, Registry};
 use kvpolicy_candle::{Lm, LoadOptions, demo};
+use kvpolicy_mistralrs::{CacheOptions, Hosting, register};
 use mistralrs_core::{
     DefaultSchedulerMethod, DeviceMapSetting, GGUFLoaderBuilder, GGUFSpecificConfig, Loader, MistralRs,
     MistralRsBuilder, ModelDType, NormalLoaderBuilder, NormalLoaderType, NormalRequest, NormalSpecificConfig, Request,
     RequestMessage, Response, SamplingParams, SchedulerConfig, TokenSource,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     path::Path,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 use tiny::Tiny;
 
@@ -25,9 +27,9 @@ pub fn policy(text: &str) -> Arc<dyn Policy> {
     Registry::standard().parse(text).unwrap()
 }
 
-/// A random model that never ends a text.
-pub fn endless(arch: &'static str) -> Tiny {
-    let mut tiny = Tiny::new(arch, 2, 16, false, json!({}));
+/// A random model that never ends a text; fields of its `config.json` beside the usual ones.
+pub fn endless(arch: &'static str, config: Value) -> Tiny {
+    let mut tiny = Tiny::new(arch, 2, 16, false, config);
     let end = Tensor::zeros((1, tiny::HIDDEN), DType::F32, &Device::Cpu).unwrap();
     let head = tiny.tensors.get_mut("lm_head.weight").unwrap();
     *head = head.slice_assign(&[256..257, 0..tiny::HIDDEN], &end).unwrap(); // `<|end|>` of the tokenizer below
@@ -91,7 +93,35 @@ pub async fn generate(host: &MistralRs, prompt: &[u32], tokens: usize) -> Result
     }
 }
 
-/// The same with the candle adapter, and the entries that the policy dropped.
+/// Logits under a policy, and the entries it dropped for them.
+pub async fn by_host(
+    loader: &dyn Loader,
+    policy: Arc<dyn Policy>,
+    prompt: &[u32],
+    tokens: usize,
+) -> (Vec<Vec<f32>>, u64) {
+    let hosting = register(policy, &CacheOptions::default());
+    let host = start(load(loader).unwrap()).await;
+    let evicted = || hosting.stats()[0].1.evicted;
+    let before = evicted(); // the host says hello to a new model
+    let logits = generate(&host, prompt, tokens).await.unwrap();
+    let dropped = evicted() - before;
+    ended(&hosting).await;
+    (logits, dropped)
+}
+
+/// Every sequence gives its memory back, a moment after its answer.
+pub async fn ended(hosting: &Hosting) {
+    for _ in 0..100 {
+        if hosting.usage()[0].1.live_entries == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("{:?} is still held", hosting.usage());
+}
+
+/// The same with the candle adapter.
 pub fn by_candle(model: &Path, policy: Arc<dyn Policy>, prompt: &[u32], tokens: usize) -> (Vec<Vec<f32>>, u64) {
     let lm = Lm::load(&model.display().to_string(), &LoadOptions::default()).unwrap();
     let mut session = lm.session(policy, &Default::default()).unwrap();

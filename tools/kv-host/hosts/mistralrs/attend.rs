@@ -1,4 +1,5 @@
-//! The one call with which a layer keeps its new keys and values and reads all of them.
+//! What a layer asks of its cache: to keep new keys and values and read all of them in one call, and before that to look
+//! at what decides on them.
 
 use candle_core::{Result, Tensor};
 
@@ -27,5 +28,24 @@ impl KvCache {
         }
         let (k, v) = self.append(k, v)?;
         Sdpa.run_attention(q, &k, &v, mask, flash_params, sdpa_params)
+    }
+
+    /// Shows a policy what enters the layer, before its norm: `[batch, tokens, hidden]`.
+    #[cfg_attr(not(feature = "kv-policy"), allow(unused_variables))]
+    pub(crate) fn observe_hidden(&mut self, hidden: &Tensor) -> Result<()> {
+        #[cfg(feature = "kv-policy")]
+        if let Self::Policy(layer) = self {
+            return layer.observe_hidden(hidden);
+        }
+        Ok(())
+    }
+
+    /// The queries to go on with: `[batch, heads, tokens, head_dim]`, any norm of heads applied, RoPE not.
+    pub(crate) fn prepare_queries(&mut self, q: Tensor) -> Result<Tensor> {
+        #[cfg(feature = "kv-policy")]
+        if let Self::Policy(layer) = self {
+            return layer.prepare_queries(q);
+        }
+        Ok(q)
     }
 }

@@ -84,6 +84,15 @@ pub trait KvPolicy: Send + Sync {
     /// A state that holds nothing, for a sequence whose prompt of `prompt_tokens` comes next. A sequence that the
     /// scheduler set aside starts over: its prompt is then all of its tokens.
     fn open(&self, prompt_tokens: usize) -> Result<State>;
+    /// What enters a layer, before its norm: `[rows, tokens, hidden]`; comes first.
+    fn observe_hidden(&self, _layer: usize, _hidden: &Tensor) -> Result<()> {
+        Ok(())
+    }
+    /// The queries to go on with, `[rows, q_heads, tokens, head_dim]`, after any norm of heads; comes second. RoPE may
+    /// then rotate them in place: copy what is to be kept.
+    fn prepare_queries(&self, _layer: usize, q: Tensor) -> Result<Tensor> {
+        Ok(q)
+    }
     /// Keeps the new keys and values and attends causally: `[rows, q_heads, tokens, head_dim]`. An error ends the
     /// sequences of the batch, not the engine.
     fn attend(&self, call: Attend<'_>) -> Result<Tensor>;
@@ -160,6 +169,14 @@ impl PolicyLayer {
             softcap: params.softcap,
             sliding_window: params.sliding_window,
         })
+    }
+
+    pub(crate) fn observe_hidden(&self, hidden: &Tensor) -> Result<()> {
+        self.policy.observe_hidden(self.layer, hidden)
+    }
+
+    pub(crate) fn prepare_queries(&self, q: Tensor) -> Result<Tensor> {
+        self.policy.prepare_queries(self.layer, q)
     }
 
     fn rows(&self) -> Result<Vec<State>> {
