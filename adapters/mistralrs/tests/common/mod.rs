@@ -30,9 +30,9 @@ pub fn policy(text: &str) -> Arc<dyn Policy> {
 /// A random model that never ends a text; fields of its `config.json` beside the usual ones.
 pub fn endless(arch: &'static str, config: Value) -> Tiny {
     let mut tiny = Tiny::new(arch, 2, 16, false, config);
-    let end = Tensor::zeros((1, tiny::HIDDEN), DType::F32, &Device::Cpu).unwrap();
+    let ends = Tensor::zeros((3, tiny::HIDDEN), DType::F32, &Device::Cpu).unwrap();
     let head = tiny.tensors.get_mut("lm_head.weight").unwrap();
-    *head = head.slice_assign(&[256..257, 0..tiny::HIDDEN], &end).unwrap(); // `<|end|>` of the tokenizer below
+    *head = head.slice_assign(&[256..259, 0..tiny::HIDDEN], &ends).unwrap(); // what ends one, for either tokenizer
     tiny
 }
 
