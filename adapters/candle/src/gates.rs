@@ -99,7 +99,9 @@ impl Gates {
         self.spec
     }
 
-    pub(crate) fn borrows_neurons(&self) -> bool {
+    /// Whether the decisions are a neuron of the queries, which attention may not read then: such a model needs its gates
+    /// under every policy.
+    pub fn borrows_neurons(&self) -> bool {
         matches!(self.source, Source::Borrowed { .. })
     }
 
@@ -109,8 +111,16 @@ impl Gates {
     /// # Errors
     /// [`Error::File`] if there is no description of gates or a tensor is missing.
     pub fn load(path: &Path, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
+        Self::find(path, config, dtype, device)?.ok_or_else(|| not_described(path))
+    }
+
+    /// As [`Gates::load`]; `None` where nothing describes any.
+    ///
+    /// # Errors
+    /// [`Error::File`] if a tensor is missing.
+    pub fn find(path: &Path, config: &Config, dtype: DType, device: &Device) -> Result<Option<Self>> {
         let folder = Folder::Disk(Self::folder(path));
-        let layout = Layout::of(folder)?.ok_or_else(|| not_described(path))?;
+        let Some(layout) = Layout::of(folder)? else { return Ok(None) };
         let trained = path.join(FILE);
         let files = match path {
             _ if !layout.adapter => vec![],
@@ -118,7 +128,7 @@ impl Gates {
             _ if trained.is_file() => vec![Blob::Disk(trained)],
             _ => folder.weights()?,
         };
-        layout.read(&mut Weights::from_files(&files, dtype, device)?, config)
+        layout.read(&mut Weights::from_files(&files, dtype, device)?, config).map(Some)
     }
 
     /// Refuses gates that learned together with weights: the model as it was is not the one they judge.
@@ -171,16 +181,25 @@ impl Gates {
 
     /// Decision logits of one layer's new tokens by its adapter, f32 `[tokens, kv_heads]`; `None` if the gates have
     /// none. `x`: residual stream `[tokens, hidden]`.
-    pub(crate) fn adapt(&self, layer: usize, x: &Tensor) -> Result<Option<Tensor>> {
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a layer without gates, and those of the tensor library.
+    pub fn adapt(&self, layer: usize, x: &Tensor) -> Result<Option<Tensor>> {
         match &self.source {
-            Source::Adapter(layers) => ops::gate(x, &layers[layer], self.scale, self.offset).map(Some),
+            Source::Adapter(layers) => {
+                let gate = layers.get(layer).ok_or_else(|| Error::Model(format!("layer {layer} has no gates")))?;
+                ops::gate(x, gate, self.scale, self.offset).map(Some)
+            }
             Source::Borrowed { .. } => Ok(None),
         }
     }
 
     /// Decision logits by a borrowed neuron, f32 `[tokens, kv_heads]`, and the queries to go on with. `q`:
     /// `[tokens, q_heads, head_dim]` after any q norm, before RoPE.
-    pub(crate) fn borrow(&self, config: &Config, q: Tensor) -> Result<(Tensor, Tensor)> {
+    ///
+    /// # Errors
+    /// Those of the tensor library, for a `config` of another model too.
+    pub fn borrow(&self, config: &Config, q: Tensor) -> Result<(Tensor, Tensor)> {
         let (tokens, d) = (q.dim(0)?, config.head_dim);
         let groups = q.reshape((tokens, config.kv_heads, config.q_heads / config.kv_heads, d))?;
         let alpha = groups.narrow(2, 0, 1)?.narrow(3, d - 1, 1)?.reshape((tokens, config.kv_heads))?;
@@ -192,7 +211,10 @@ impl Gates {
     }
 
     /// The queries after RoPE, `[tokens, q_heads, head_dim]`.
-    pub(crate) fn after_rope(&self, q: Tensor) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// Those of the tensor library.
+    pub fn after_rope(&self, q: Tensor) -> Result<Tensor> {
         match &self.source {
             Source::Borrowed { others, zero_after_rope: true } => Ok(q.broadcast_mul(others)?),
             _ => Ok(q),

@@ -1,0 +1,122 @@
+//! What cannot run under a policy is refused when it is loaded, with the reason; what the host can go on without is off.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use common::{endless, generate, load, loader, policy, prompt, start, write};
+use kvpolicy_mistralrs::{CacheOptions, Hosting, register, unregister};
+use mistralrs_core::{
+    DefaultSchedulerMethod, Loader, MistralRsBuilder, NormalLoaderType, SchedulerConfig, SpeculativeConfig,
+    SpeculativePipeline,
+};
+use serde_json::{Value, json};
+use std::{path::Path, sync::Arc};
+use tempfile::TempDir;
+
+const LLAMA: NormalLoaderType = NormalLoaderType::Llama;
+
+fn model(arch: &'static str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    write(&endless(arch, json!({})), dir.path());
+    dir
+}
+
+fn change_config(dir: &Path, changes: Value) {
+    let path = dir.join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    std::fs::write(path, config.to_string()).unwrap();
+}
+
+fn under(text: &str) -> Arc<Hosting> {
+    register(policy(text), &CacheOptions::default())
+}
+
+fn refusal(loader: &dyn Loader) -> String {
+    load(loader).map(|_| ()).unwrap_err().to_string()
+}
+
+/// One test: whom a model is loaded under is a matter of the process.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_one_reason_each() {
+    loaders().await;
+    speculative();
+    prefixes_are_not_reused().await;
+    a_full_pool_ends_its_batch_only().await;
+}
+
+async fn loaders() {
+    let llama = model("llama");
+    under("full");
+    let why = refusal(&*loader(llama.path(), LLAMA, true));
+    assert!(why.ends_with("cannot run under a KV policy: it is loaded without a KV cache"), "{why}");
+
+    change_config(llama.path(), json!({"model_type": "mistral"}));
+    let why = refusal(&*loader(llama.path(), LLAMA, false));
+    assert!(why.ends_with("its architecture `mistral` is none of llama, qwen2, qwen3"), "{why}");
+    change_config(llama.path(), json!({"model_type": "llama"}));
+
+    under("dms");
+    let why = refusal(&*loader(llama.path(), LLAMA, false));
+    assert!(why.contains("policy `dms") && why.contains("the model has no decision gates"), "{why}");
+
+    // Qwen3 with a window in some layers keeps another kind of cache there.
+    let qwen = model("qwen3");
+    change_config(qwen.path(), json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 0}));
+    under("full");
+    let why = refusal(&*loader(qwen.path(), NormalLoaderType::Qwen3, false));
+    assert!(why.ends_with("some of its layers have a sliding window or share a cache"), "{why}");
+
+    // Qwen2 hands its window to attention: short texts never notice.
+    let qwen = model("qwen2");
+    change_config(qwen.path(), json!({"sliding_window": 32}));
+    let host = start(load(&*loader(qwen.path(), NormalLoaderType::Qwen2, false)).unwrap()).await;
+    assert_eq!(generate(&host, &prompt(28), 5).await.unwrap().len(), 5);
+    let why = generate(&host, &prompt(28), 8).await.unwrap_err();
+    assert!(why.contains("it attends to 32 tokens only, which policies do not: 33 are too many"), "{why}");
+}
+
+fn speculative() {
+    let llama = model("llama");
+    unregister();
+    let fresh = || load(&*loader(llama.path(), LLAMA, false)).unwrap();
+    let (plain, other) = (fresh(), fresh()); // the host locks both at once
+    under("full");
+    let hosted = fresh();
+    let pair = |target, draft| SpeculativePipeline::new(target, draft, SpeculativeConfig { gamma: 2 }).map(|_| ());
+    assert!(pair(plain.clone(), other).is_ok(), "the pair must be good but for the policy");
+    for (target, draft) in [(hosted.clone(), plain.clone()), (plain, hosted)] {
+        let why = pair(target, draft).unwrap_err().to_string();
+        assert!(why.starts_with("speculative decoding rewinds, which a model under a KV policy cannot"), "{why}");
+    }
+}
+
+/// The host would take a prompt that it has seen from its prefix cache, and write less.
+async fn prefixes_are_not_reused() {
+    let llama = model("llama");
+    let hosting = under("full");
+    let written = || hosting.stats()[0].1.written;
+    let pipeline = load(&*loader(llama.path(), LLAMA, false)).unwrap();
+    let method = DefaultSchedulerMethod::Fixed(8.try_into().unwrap());
+    let config = SchedulerConfig::DefaultScheduler { method };
+    let host = MistralRsBuilder::new(pipeline, config, false, None).with_prefix_cache_n(16).build().await;
+    let mut runs = vec![];
+    for _ in 0..2 {
+        let before = written();
+        let logits = generate(&host, &prompt(40), 4).await.unwrap();
+        runs.push((logits, written() - before));
+    }
+    assert_eq!(runs[0], runs[1]);
+}
+
+async fn a_full_pool_ends_its_batch_only() {
+    let llama = model("llama");
+    let options = CacheOptions { kv_bytes: Some(40_000), ..CacheOptions::default() };
+    let hosting = register(policy("full"), &options);
+    let host = start(load(&*loader(llama.path(), LLAMA, false)).unwrap()).await;
+    let why = generate(&host, &prompt(200), 4).await.unwrap_err();
+    assert!(why.contains("the KV pool of 40000 bytes is exhausted"), "{why}");
+    assert_eq!(generate(&host, &prompt(20), 4).await.unwrap().len(), 4);
+    let usage = hosting.usage()[0].1;
+    assert!(usage.bytes_peak <= 40_000, "{usage:?}");
+}
