@@ -42,7 +42,7 @@ enum Command {
     Compare(compare::Args),
     /// Print the table of one or more results.json as one.
     Table(join::Args),
-    /// Train DMS gates into a model, its weights frozen.
+    /// Train DMS gates into a model, whose weights stay or learn as well.
     Retrofit(retrofit::Args),
     /// Write a model with its gates as a folder of Hugging Face's.
     Export(export::Args),

@@ -102,7 +102,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Figures of a task that counts right answers.
-    pub(super) fn of_answers(correct: u64, questions: u64) -> Self {
+    fn of_answers(correct: u64, questions: u64) -> Self {
         Self {
             correct: Some(correct),
             questions: Some(questions),
@@ -183,6 +183,29 @@ impl Row {
             kv,
             compression: kv.compression(),
         }
+    }
+}
+
+/// Answers of a contender, and the cache figures of its runs.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Tally {
+    correct: u64,
+    questions: u64,
+    runs: Runs,
+}
+
+impl Tally {
+    pub(super) fn run(&mut self, stats: &Stats) {
+        self.runs.add(stats);
+    }
+
+    pub(super) fn answer(&mut self, right: bool) {
+        self.questions += 1;
+        self.correct += right as u64;
+    }
+
+    pub(super) fn row(&self, contender: &Contender, task: Task, texts: &Excerpts) -> Row {
+        Row::new(contender, task, texts, Metrics::of_answers(self.correct, self.questions), &self.runs)
     }
 }
 

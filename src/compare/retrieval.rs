@@ -1,6 +1,6 @@
 //! A number that was read once and is asked for: the frame of `needle` and `word-key`.
 
-use super::{Contender, Excerpts, Metrics, Progress, Row, Sample, Task, argmax, needle, report::Runs, word_key};
+use super::{Contender, Excerpts, Progress, Row, Sample, Sequence, Task, argmax, needle, report::Tally, word_key};
 use crate::{
     error::{Error, Result},
     stats::Stats,
@@ -44,16 +44,15 @@ pub(super) fn prompt(texts: &Excerpts, task: Task, sample: usize) -> Result<Prom
 
 pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     let plan = texts.plan;
-    let mut correct = vec![0usize; texts.contenders().len()];
-    let mut runs = vec![Runs::default(); texts.contenders().len()];
+    let mut tallies = vec![Tally::default(); texts.contenders().len()];
     for sample in 0..plan.samples {
         let prompt = prompt(texts, task, sample)?;
-        for (i, contender) in texts.contenders().iter().enumerate() {
+        for (contender, tally) in texts.contenders().iter().zip(&mut tallies) {
             progress.unit(&format!("{task} {} at {}", contender.label, texts.context()));
             let (answer, stats) = answer(texts, task, contender, &prompt)?;
             let right = first_number(&answer) == Some(prompt.number.as_str());
-            correct[i] += right as usize;
-            runs[i].add(&stats);
+            tally.run(&stats);
+            tally.answer(right);
             progress.sample(&Sample {
                 prompt: prompt.text.clone(),
                 expected: Some(prompt.number.clone()),
@@ -63,29 +62,42 @@ pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> 
             })?;
         }
     }
-    let rows = texts.contenders().iter().zip(correct).zip(&runs).map(|((contender, correct), runs)| {
-        Row::new(contender, task, texts, Metrics::of_answers(correct as u64, plan.samples as u64), runs)
-    });
-    Ok(rows.collect())
+    Ok(texts.contenders().iter().zip(&tallies).map(|(contender, tally)| tally.row(contender, task, texts)).collect())
 }
 
 fn answer(texts: &Excerpts, task: Task, contender: &Contender, prompt: &Prompt) -> Result<(String, Stats)> {
     let mut sequence = texts.subject.open(&contender.policy)?;
     // With `last` the policy compresses what it has read before the question comes.
     sequence.prefill(&prompt.context, matches!(task, Task::Needle | Task::WordKey))?;
-    let mut logits = sequence.prefill(&prompt.question, true)?;
+    let answer = greedy(texts, &mut *sequence, &prompt.question, prompt.most, |_| Ok(false))?;
+    Ok((answer, sequence.stats()))
+}
+
+/// The most likely answer to a question: to a token that ends a text, to one after which it is whole, or to `most` tokens. The
+/// last one is not fed.
+pub(super) fn greedy(
+    texts: &Excerpts,
+    sequence: &mut dyn Sequence,
+    question: &[u32],
+    most: usize,
+    is_whole: impl Fn(&[u32]) -> Result<bool>,
+) -> Result<String> {
+    let mut logits = sequence.prefill(question, true)?;
     let mut answer = vec![];
-    while answer.len() < prompt.most {
+    while answer.len() < most {
         let token = argmax(&logits);
         if texts.subject.is_end(token) {
             break;
         }
         answer.push(token);
-        if answer.len() < prompt.most {
+        if is_whole(&answer)? {
+            break;
+        }
+        if answer.len() < most {
             logits = sequence.decode(token)?;
         }
     }
-    Ok((texts.subject.decode(&answer)?, sequence.stats()))
+    Ok(texts.subject.decode(&answer)?)
 }
 
 /// The first run of digits.

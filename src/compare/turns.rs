@@ -1,8 +1,10 @@
 //! Problems that are read, compressed, and then asked about.
 
 use super::{
-    Contender, Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, argmax, problems::Problem, report::Runs,
-    retrieval::first_number,
+    Contender, Excerpts, Progress, Row, Sample, Sequence, Task,
+    problems::Problem,
+    report::Tally,
+    retrieval::{first_number, greedy},
 };
 use crate::{
     error::{Error, Result},
@@ -16,11 +18,10 @@ pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> 
         for (contender, tally) in texts.contenders().iter().zip(&mut tallies) {
             progress.unit(&format!("{task} {} at {}", contender.label, texts.context()));
             let (said, stats) = asked.ask(texts, contender)?;
-            tally.runs.add(&stats);
+            tally.run(&stats);
             for (ask, Said { prompt, answer }) in asked.turns.iter().zip(said) {
                 let right = is_right(task, &ask.expected, &answer);
-                tally.questions += 1;
-                tally.correct += right as u64;
+                tally.answer(right);
                 progress.sample(&Sample {
                     prompt,
                     expected: Some(ask.expected.clone()),
@@ -31,16 +32,7 @@ pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> 
             }
         }
     }
-    let rows = texts.contenders().iter().zip(&tallies);
-    let metrics = |tally: &Tally| Metrics::of_answers(tally.correct, tally.questions);
-    Ok(rows.map(|(contender, tally)| Row::new(contender, task, texts, metrics(tally), &tally.runs)).collect())
-}
-
-#[derive(Debug, Clone, Default)]
-struct Tally {
-    correct: u64,
-    questions: u64,
-    runs: Runs,
+    Ok(texts.contenders().iter().zip(&tallies).map(|(contender, tally)| tally.row(contender, task, texts)).collect())
 }
 
 /// A problem in tokens.
@@ -108,23 +100,11 @@ impl Asked {
 
     /// Greedy, to the newline that ends the answer, which is not fed: the next question brings its own.
     fn answer(&self, texts: &Excerpts, sequence: &mut dyn Sequence, ask: &Ask) -> Result<String> {
-        let mut logits = sequence.prefill(&ask.tokens, true)?;
-        let mut answer = vec![];
-        while answer.len() < ask.most {
-            let token = argmax(&logits);
-            if texts.subject.is_end(token) {
-                break;
-            }
-            answer.push(token);
-            let ends_line = texts.subject.decode(&[token])?.contains('\n');
-            if ends_line && is_whole(self.task, &texts.subject.decode(&answer)?) {
-                break;
-            }
-            if answer.len() < ask.most {
-                logits = sequence.decode(token)?;
-            }
-        }
-        Ok(texts.subject.decode(&answer)?)
+        let decode = |tokens: &[u32]| texts.subject.decode(tokens);
+        greedy(texts, sequence, &ask.tokens, ask.most, |answer| {
+            let ends_line = decode(&answer[answer.len() - 1..])?.contains('\n');
+            Ok(ends_line && is_whole(self.task, &decode(answer)?))
+        })
     }
 }
 

@@ -140,7 +140,8 @@ impl Export {
             if let Some(shipped) = lm.named_gates(path)? {
                 return brought(lm, shipped);
             }
-            let gates = Gates::load(path, config, DType::F32, &Device::Cpu)?;
+            let gates = Gates::find(path, config, DType::F32, &Device::Cpu)?;
+            let gates = gates.ok_or_else(|| gates::not_described(path))?;
             let dir = Gates::folder(path);
             return Chosen::new(Folder::Disk(dir), &gates, Some(dir.to_path_buf()));
         }

@@ -50,8 +50,8 @@ pub(crate) enum Description {
 
 /// The tensors that a training writes.
 pub(crate) const FILE: &str = "gates.safetensors";
-/// Weights of the model that learned with gates, beside them: whole tensors by their Hugging Face names, or a LoRA as PEFT has
-/// it.
+/// Weights of the model that learned with gates, beside them: whole tensors by their Hugging Face names, or a LoRA as PEFT
+/// has it.
 pub(crate) const WITH_GATES: [&str; 2] = ["weights.safetensors", "adapter_model.safetensors"];
 
 /// Where gates are described for Shisa's programs.
@@ -106,15 +106,16 @@ impl Gates {
     }
 
     /// Reads gates from a folder (of a model, or as a training writes it) or a safetensors file with its `config.json`
-    /// beside it.
+    /// beside it. Those that learned together with weights are refused: the model as it was is not the one they judge.
     ///
     /// # Errors
-    /// [`Error::File`] if there is no description of gates or a tensor is missing.
+    /// [`Error::File`] if there is no description of gates or a tensor is missing, or naming the weights beside them.
     pub fn load(path: &Path, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
+        Self::check_alone(path)?;
         Self::find(path, config, dtype, device)?.ok_or_else(|| not_described(path))
     }
 
-    /// As [`Gates::load`]; `None` where nothing describes any.
+    /// As [`Gates::load`], whatever weights are beside them; `None` where nothing describes any.
     ///
     /// # Errors
     /// [`Error::File`] if a tensor is missing.
@@ -131,11 +132,7 @@ impl Gates {
         layout.read(&mut Weights::from_files(&files, dtype, device)?, config).map(Some)
     }
 
-    /// Refuses gates that learned together with weights: the model as it was is not the one they judge.
-    ///
-    /// # Errors
-    /// [`Error::File`] naming the weights beside them.
-    pub(crate) fn check_alone(path: &Path) -> Result<()> {
+    fn check_alone(path: &Path) -> Result<()> {
         let dir = Self::folder(path);
         let with = WITH_GATES.iter().map(|name| dir.join(name)).find(|file| dir.join(FILE).is_file() && file.is_file());
         match with {
@@ -290,7 +287,10 @@ impl Layout {
             });
             Source::Adapter(layers.collect::<Result<_>>()?)
         } else {
-            Source::Borrowed { others: others(weights, config)?, zero_after_rope: self.zero_after_rope }
+            Source::Borrowed {
+                others: others(config, weights.dtype(), weights.device())?,
+                zero_after_rope: self.zero_after_rope,
+            }
         };
         // NVIDIA's word for "never": the same logit everywhere, far below any bias.
         let (scale, offset) = if self.spec.disable { (0.0, 1000.0) } else { (self.scale, self.offset) };
@@ -306,11 +306,12 @@ pub(crate) fn not_described(path: &Path) -> Error {
     Error::file(path, "no description of gates beside it: config.json with dms_* fields, or dms_metadata.json")
 }
 
-fn others(weights: &Weights, config: &Config) -> Result<Tensor> {
+/// 1, and 0 where a neuron is borrowed: `[q_heads, head_dim]`.
+pub(crate) fn others(config: &Config, dtype: DType, device: &Device) -> Result<Tensor> {
     let (d, group) = (config.head_dim, config.q_heads / config.kv_heads);
     let mut ones = vec![1f32; config.q_heads * d];
     for head in (0..config.q_heads).step_by(group) {
         ones[head * d + d - 1] = 0.0;
     }
-    Ok(Tensor::from_vec(ones, (config.q_heads, d), weights.device())?.to_dtype(weights.dtype())?)
+    Ok(Tensor::from_vec(ones, (config.q_heads, d), device)?.to_dtype(dtype)?)
 }

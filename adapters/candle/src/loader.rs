@@ -241,10 +241,7 @@ impl Lm {
             Some(GateSource::File(path)) => {
                 let gates = match self.named_gates(&path)? {
                     Some(shipped) => self.brought(shipped)?,
-                    None => {
-                        Gates::check_alone(&path)?;
-                        Gates::load(&path, self.model.config(), self.dtype, &self.device)?
-                    }
+                    None => Gates::load(&path, self.model.config(), self.dtype, &self.device)?,
                 };
                 Ok(Some(Arc::new(gates)))
             }

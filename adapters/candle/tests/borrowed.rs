@@ -1,6 +1,8 @@
 //! Neurons trained to decide, exported and loaded again.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "common/repeats.rs"]
+mod repeats;
 #[path = "common/tiny.rs"]
 mod tiny;
 
@@ -10,36 +12,17 @@ use kvpolicy::{CpuConfig, KvCache, PerGate, Phase, Registry, cpu};
 use kvpolicy_candle::{
     Export, Lm, LoadOptions, Model, demo,
     retrofit::{
-        Divergence, Judged, Observer, RunConfig, Sequence, Source, StepRecord, Trainee, Trains, run, save_gates,
-        save_weights,
+        Divergence, Judged, Observer, RunConfig, Source, StepRecord, Trainee, Trains, run, save_gates, save_weights,
     },
 };
-use rand::{Rng, SeedableRng, rngs::StdRng};
-use serde_json::{Map, Value, json};
+use repeats::Repeats;
+use serde_json::{Map, json};
 use std::path::Path;
 use tiny::Tiny;
 
 const LENGTH: usize = 48;
 
-/// Random tokens that repeat after a while, so that far tokens matter.
-struct Repeats;
-
-impl Source for Repeats {
-    fn sequence(&self, number: u64, length: usize) -> kvpolicy_candle::Result<Sequence> {
-        let mut rng = StdRng::seed_from_u64(number);
-        let first: Vec<u32> = (0..length / 2).map(|_| rng.random_range(0..256)).collect();
-        let tokens: Vec<u32> = first.iter().cycle().take(length).copied().collect();
-        Ok(Sequence { weights: vec![1.0; tokens.len()], tokens })
-    }
-
-    fn check(&self, _: usize) -> kvpolicy_candle::Result<()> {
-        Ok(())
-    }
-
-    fn settings(&self) -> Value {
-        json!("repeats")
-    }
-}
+const REPEATS: Repeats = Repeats { vocab: 256 };
 
 struct Quiet;
 
@@ -127,14 +110,14 @@ fn round_trip(arch: &'static str, kv_heads: usize, file: File, per: PerGate, tra
     let config = settings(per);
     let trainee = Trainee::new(lm.model(), config.gates(), config.scale, config.offset);
     let trainee = trainee.training(trains).borrowing().unwrap();
-    let params = run(&trainee, &Repeats, &config, &path("run"), false, &mut Quiet).unwrap();
+    let params = run(&trainee, &REPEATS, &config, &path("run"), false, &mut Quiet).unwrap();
     let lora = matches!(trains, Trains::Lora { .. });
     let params = if lora { params } else { rounded(&params) };
     save_gates(&path("gates"), &trainee, &params, Map::new()).unwrap();
     save_weights(&path("gates"), &trainee, &params).unwrap();
     Export { gates: Some(path("gates")), layout: None, out: path("out") }.run(&lm).unwrap();
     for number in 1000..1004 {
-        let batch = Repeats.batch(number..number + 1, LENGTH, &Device::Cpu).unwrap();
+        let batch = REPEATS.batch(number..number + 1, LENGTH, &Device::Cpu).unwrap();
         let tokens: Vec<u32> = batch.tokens.to_vec1().unwrap();
         let found = trainee.evaluate(&[batch], Judged::Gates(&params)).unwrap();
         let (held, nll) = inference(&path("out"), &tokens);

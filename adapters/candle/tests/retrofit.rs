@@ -1,6 +1,9 @@
 //! Training on tiny models: gradients against differences of the loss, and training that was interrupted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "common/repeats.rs"]
+mod repeats;
+
 use candle_core::{DType, Device, Tensor};
 use kvpolicy::{
     GateSpec, Lag, PerGate,
@@ -9,13 +12,16 @@ use kvpolicy::{
 use kvpolicy_candle::{
     Config, Lm, LoadOptions, Message, Model,
     retrofit::{
-        Batch, Corpus, Divergence, Judged, Mixture, Objective, Observer, RunConfig, Sequence, Source, StepRecord,
-        Trainee, Trains, next_token_gradients, run, save_weights,
+        Batch, Corpus, Divergence, Judged, Mixture, Objective, Observer, RunConfig, Source, StepRecord, Trainee,
+        Trains, next_token_gradients, run, save_weights,
     },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use serde_json::{Value, json};
+use repeats::Repeats;
+use serde_json::json;
 use std::path::Path;
+
+const REPEATS: Repeats = Repeats { vocab: 40 };
 
 fn config(family: &str) -> Config {
     Config::from_json(
@@ -157,26 +163,6 @@ fn weight_gradients_are_the_slopes_of_the_loss() {
     }
 }
 
-/// Random tokens that repeat after a while, so that far tokens matter.
-struct Repeats;
-
-impl Source for Repeats {
-    fn sequence(&self, number: u64, length: usize) -> kvpolicy_candle::Result<Sequence> {
-        let mut rng = StdRng::seed_from_u64(number);
-        let first: Vec<u32> = (0..length / 2).map(|_| rng.random_range(0..40)).collect();
-        let tokens: Vec<u32> = first.iter().cycle().take(length).copied().collect();
-        Ok(Sequence { weights: vec![1.0; tokens.len()], tokens })
-    }
-
-    fn check(&self, _: usize) -> kvpolicy_candle::Result<()> {
-        Ok(())
-    }
-
-    fn settings(&self) -> Value {
-        json!("repeats")
-    }
-}
-
 fn settings(steps: u64) -> RunConfig {
     RunConfig {
         schedule: Schedule { context: 32, window: 3, target: 2.5, anneal: 6 },
@@ -218,16 +204,6 @@ fn numbers(params: &Named) -> Vec<Vec<f32>> {
 }
 
 fn train(
-    model: &Model,
-    config: &RunConfig,
-    dir: &Path,
-    resume: bool,
-    most: usize,
-) -> (Result<Named, String>, Vec<StepRecord>) {
-    train_with(Trains::Gates, model, config, dir, resume, most)
-}
-
-fn train_with(
     trains: Trains,
     model: &Model,
     config: &RunConfig,
@@ -237,7 +213,7 @@ fn train_with(
 ) -> (Result<Named, String>, Vec<StepRecord>) {
     let trainee = Trainee::new(model, config.gates(), config.scale, config.offset).training(trains);
     let mut log = Log { records: vec![], most };
-    let params = run(&trainee, &Repeats, config, dir, resume, &mut log).map_err(|e| e.to_string());
+    let params = run(&trainee, &REPEATS, config, dir, resume, &mut log).map_err(|e| e.to_string());
     (params, log.records)
 }
 
@@ -246,11 +222,11 @@ fn training_goes_on_where_it_stopped() {
     let (model, config) = (model("llama"), settings(10));
     for trains in [Trains::Gates, Trains::Lora { rank: 2 }, Trains::Full] {
         let (through, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (whole, records) = train_with(trains, &model, &config, through.path(), false, 100);
+        let (whole, records) = train(trains, &model, &config, through.path(), false, 100);
         assert_eq!(records.len(), 10);
         // It stops in step 7; the last checkpoint is of step 4.
-        assert!(train_with(trains, &model, &config, broken.path(), false, 6).0.is_err());
-        let (resumed, again) = train_with(trains, &model, &config, broken.path(), true, 100);
+        assert!(train(trains, &model, &config, broken.path(), false, 6).0.is_err());
+        let (resumed, again) = train(trains, &model, &config, broken.path(), true, 100);
         assert_eq!(again.iter().map(|r| r.step).collect::<Vec<_>>(), [5, 6, 7, 8, 9, 10]);
         assert_eq!(numbers(&whole.unwrap()), numbers(&resumed.unwrap()));
         assert_eq!(records[9].divergence, again[5].divergence);
@@ -261,12 +237,12 @@ fn training_goes_on_where_it_stopped() {
 fn weights_learn_what_gates_forget() {
     let model = model("llama");
     let config = RunConfig { weights_rate: 0.1, ..settings(150) };
-    let batches = [Repeats.batch(1000..1008, 32, &Device::Cpu).unwrap()];
+    let batches = [REPEATS.batch(1000..1008, 32, &Device::Cpu).unwrap()];
     let divergence = |trains: Trains| {
         let dir = tempfile::tempdir().unwrap();
         let trainee = Trainee::new(&model, config.gates(), config.scale, config.offset).training(trains);
         let params =
-            run(&trainee, &Repeats, &config, dir.path(), false, &mut Log { records: vec![], most: 1000 }).unwrap();
+            run(&trainee, &REPEATS, &config, dir.path(), false, &mut Log { records: vec![], most: 1000 }).unwrap();
         let found = trainee.evaluate(&batches, Judged::Gates(&params)).unwrap();
         save_weights(dir.path(), &trainee, &params).unwrap();
         let mut files: Vec<String> =
@@ -287,13 +263,13 @@ fn weights_learn_what_gates_forget() {
 fn training_evicts_what_was_asked_for() {
     let (model, dir) = (model("llama"), tempfile::tempdir().unwrap());
     let config = settings(120);
-    let (params, records) = train(&model, &config, dir.path(), false, 1000);
+    let (params, records) = train(Trains::Gates, &model, &config, dir.path(), false, 1000);
     let last = &records[records.len() - 20..];
     let reached = last.iter().map(|r| r.compression).sum::<f64>() / 20.0;
     assert!((reached - 2.5).abs() < 0.4, "compression {reached}");
     // Hard decisions without noise evict about as much, and differ from the dense model.
     let trainee = Trainee::new(&model, config.gates(), config.scale, config.offset);
-    let batches = [Repeats.batch(1000..1008, 32, &Device::Cpu).unwrap()];
+    let batches = [REPEATS.batch(1000..1008, 32, &Device::Cpu).unwrap()];
     let found = trainee.evaluate(&batches, Judged::Gates(&params.unwrap())).unwrap();
     assert!(found.compression > 1.5 && found.kl > 0.0, "{found:?}");
     let dense = trainee.evaluate(&batches, Judged::Dense).unwrap();
@@ -304,7 +280,7 @@ fn training_evicts_what_was_asked_for() {
 fn what_cannot_be_trained_is_refused() {
     let (model, dir) = (model("llama"), tempfile::tempdir().unwrap());
     let refused = |config: &RunConfig, resume: bool, word: &str| {
-        let error = train(&model, config, dir.path(), resume, 100).0.unwrap_err();
+        let error = train(Trains::Gates, &model, config, dir.path(), resume, 100).0.unwrap_err();
         assert!(error.contains(word), "{error} does not name {word}");
     };
     let good = settings(3);
@@ -315,7 +291,7 @@ fn what_cannot_be_trained_is_refused() {
     refused(&RunConfig { scale: f64::NAN, ..good.clone() }, false, "scale=NaN");
     refused(&RunConfig { compression: -1.0, ..good.clone() }, false, "compression=-1");
     refused(&good, true, "checkpoint.safetensors");
-    train(&model, &good, dir.path(), false, 100).0.unwrap();
+    train(Trains::Gates, &model, &good, dir.path(), false, 100).0.unwrap();
     refused(&RunConfig { tau: 0.4, ..good.clone() }, true, "tau was 0.5 and is 0.4");
     // What is trained at a time decides about the noise.
     refused(&RunConfig { at_a_time: 4, ..good.clone() }, true, "at-a-time was 3 and is 4");
@@ -338,7 +314,7 @@ fn what_cannot_be_judged_is_refused() {
     let trainee = Trainee::new(&model, config.gates(), config.scale, config.offset);
     let error = trainee.evaluate(&[], Judged::Dense).unwrap_err().to_string();
     assert!(error.contains("nothing to judge"), "{error}");
-    let batches = [Repeats.batch(0..1, 32, &Device::Cpu).unwrap()];
+    let batches = [REPEATS.batch(0..1, 32, &Device::Cpu).unwrap()];
     let error = trainee.evaluate(&batches, Judged::Gates(&Named::new())).unwrap_err().to_string();
     assert!(error.contains("dms_proj_alpha_norm.weight"), "{error}");
 }
@@ -348,9 +324,9 @@ fn portions_are_all_the_sequences() {
     let tokens = |batches: &[Batch]| -> Vec<u32> {
         batches.iter().flat_map(|batch| batch.tokens.to_vec1::<u32>().unwrap()).collect()
     };
-    let whole = Repeats.batch(5..12, 16, &Device::Cpu).unwrap();
+    let whole = REPEATS.batch(5..12, 16, &Device::Cpu).unwrap();
     for at_a_time in [1, 3, 7, 100] {
-        let portions = Repeats.batches(5..12, at_a_time, 16, &Device::Cpu).unwrap();
+        let portions = REPEATS.batches(5..12, at_a_time, 16, &Device::Cpu).unwrap();
         assert_eq!(portions.len(), 7usize.div_ceil(at_a_time));
         assert_eq!(tokens(&portions), tokens(std::slice::from_ref(&whole)));
     }

@@ -1,17 +1,18 @@
-//! Gates that are a neuron of the queries, NVIDIA's way: the last component of the first query head of each group, after the
-//! head norm and before RoPE, decides for the group's KV head. For attention it is zero, before RoPE and after it.
+//! Gates that are a neuron of the queries, NVIDIA's way: the last component of the first query head of each group, after
+//! the head norm and before RoPE, decides for the group's KV head. For attention it is zero, before RoPE and after it.
 
 use super::dense;
-use crate::{config::Config, error::Result, model::Block, ops};
+use crate::{config::Config, error::Result, gates, model::Block, ops};
 use candle_core::{DType, Tensor};
-use kvpolicy::retrofit::Named;
+use kvpolicy::retrofit::{Named, accumulate};
 
 /// Which components are borrowed.
 #[derive(Debug, Clone)]
 pub(super) struct Donors {
     /// 1, and 0 where a neuron is borrowed, in the model's type: `[q_heads + 2 kv_heads, head_dim]`.
     others: Tensor,
-    /// Rows of the projection of q, k and v that belong to the first query heads of the groups: u32 `[kv_heads * head_dim]`.
+    /// Rows of the projection of q, k and v that belong to the first query heads of the groups: u32
+    /// `[kv_heads * head_dim]`.
     heads: Tensor,
     kv_heads: usize,
     head_dim: usize,
@@ -28,25 +29,19 @@ struct Way {
 impl Donors {
     pub(super) fn new(config: &Config, like: &Tensor) -> Result<Self> {
         let Config { q_heads, kv_heads, head_dim, .. } = *config;
-        let (group, last) = (q_heads / kv_heads, head_dim - 1);
-        let mut others = vec![1f32; (q_heads + 2 * kv_heads) * head_dim];
-        (0..kv_heads).for_each(|head| others[head * group * head_dim + last] = 0.0);
-        let others = Tensor::from_vec(others, (q_heads + 2 * kv_heads, head_dim), like.device())?;
+        let group = q_heads / kv_heads;
+        let queries = gates::others(config, like.dtype(), like.device())?;
+        let others = Tensor::cat(&[queries, Tensor::ones((2 * kv_heads, head_dim), like.dtype(), like.device())?], 0)?;
         let rows = |head: usize| (0..head_dim).map(move |i| (head * group * head_dim + i) as u32);
         let heads: Vec<u32> = (0..kv_heads).flat_map(rows).collect();
         let heads = Tensor::new(heads, like.device())?;
-        Ok(Self { others: others.to_dtype(like.dtype())?, heads, kv_heads, head_dim })
+        Ok(Self { others, heads, kv_heads, head_dim })
     }
 
-    /// Queries, keys and values `[tokens, heads, head_dim]`, or their gradients, without the borrowed components.
-    pub(super) fn hide(&self, qkv: &Tensor) -> Result<Tensor> {
-        Ok(qkv.broadcast_mul(&self.others)?)
-    }
-
-    /// Queries, keys and values before RoPE, the same of the queries.
-    pub(super) fn apart(&self, [q, k, v]: &[Tensor; 3]) -> Result<[Tensor; 3]> {
-        let q = q.broadcast_mul(&self.others.narrow(0, 0, q.dim(1)?)?)?;
-        Ok([q, k.contiguous()?, v.contiguous()?])
+    /// Queries alone or with keys and values, `[tokens, heads, head_dim]`, or their gradients, without the borrowed
+    /// components.
+    pub(super) fn hide(&self, heads: &Tensor) -> Result<Tensor> {
+        Ok(heads.broadcast_mul(&self.others.narrow(0, 0, heads.dim(1)?)?)?)
     }
 
     /// Decision logits of a layer's input `[tokens, hidden]`, neither scaled nor moved: f32 `[tokens, kv_heads]`.
@@ -75,14 +70,9 @@ impl Donors {
         let raw = raw.reshape((x.dim(0)?, self.kv_heads * self.head_dim))?;
         let normed = raw.matmul(&way.weight)?;
 
+        let mut own = Named::new();
         let mut add = |part: &str, gradient: Tensor| -> Result<()> {
-            let name = format!("layers.{layer}.{part}");
-            let gradient = gradient.to_dtype(DType::F32)?;
-            let sum = match weights.get(&name) {
-                Some(known) => (known + gradient)?,
-                None => gradient,
-            };
-            weights.insert(name, sum);
+            own.insert(format!("layers.{layer}.{part}"), gradient.to_dtype(DType::F32)?);
             Ok(())
         };
         let joined = dense(&block.qkv)?.dim(0)?;
@@ -94,6 +84,7 @@ impl Donors {
             add("q_norm", ops::rms_norm_weight_gradient(&way.raw, eps, &after_norm)?)?;
         }
         add("attention_norm", ops::rms_norm_weight_gradient(x, eps, &normed)?)?;
+        accumulate(weights, own)?;
         ops::rms_norm_backward(x, &block.attention_norm, eps, &normed, Some(x_grad))
     }
 

@@ -64,7 +64,8 @@ impl Evaluation {
 }
 
 impl Trainee<'_> {
-    /// Evaluates batches of the same length, at least 4 tokens. The first token of a sequence is predicted by none, the last predicts none.
+    /// Evaluates batches of the same length, at least 4 tokens. The first token of a sequence is predicted by none, the last
+    /// predicts none.
     ///
     /// Where neurons are borrowed, the dense model does without them too, so that their loss is not counted
     /// ([`Trainee::borrowing`]).

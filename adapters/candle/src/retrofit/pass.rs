@@ -52,8 +52,8 @@ pub(super) struct BlockGrads {
 }
 
 impl<'a> Pass<'a> {
-    /// `length`: tokens of each sequence; `window`: from which distance on keys count as kept or not; `donors`: neurons of the
-    /// queries that attention does not see.
+    /// `length`: tokens of each sequence; `window`: from which distance on keys count as kept or not; `donors`: neurons of
+    /// the queries that attention does not see.
     pub(super) fn new(
         model: &'a Model,
         sequences: usize,
@@ -93,8 +93,8 @@ impl<'a> Pass<'a> {
         let product = block.qkv.product(normed)?;
         let raw = if block.heads.q_norm.is_some() { Some(block.heads.biased(&product)?) } else { None };
         let Some(donors) = self.donors else { return Ok((raw, block.heads.rotated(product, &self.rotation)?)) };
-        let [q, k, v] = donors.apart(&block.heads.before_rope(&product)?)?;
-        let rotated = Tensor::cat(&[self.rotation.apply(&q)?, self.rotation.apply(&k)?, v], 1)?;
+        let [q, k, v] = block.heads.before_rope(&product)?;
+        let rotated = Tensor::cat(&[self.rotation.apply(&donors.hide(&q)?)?, self.rotation.apply(&k)?, v], 1)?;
         Ok((raw, donors.hide(&rotated)?))
     }
 

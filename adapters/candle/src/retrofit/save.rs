@@ -24,7 +24,8 @@ use std::{
 const SETTINGS: &str = "kvpolicy.settings";
 
 /// Writes gates as `dms:weights=DIR/gates.safetensors` reads them: bf16 tensors by the names of NVIDIA's layout, and
-/// beside them a `config.json` with the `dms_*` fields and `about`, whatever else is to be known of them.
+/// beside them a `config.json` with the `dms_*` fields and `about`, whatever else is to be known of them. Borrowed neurons
+/// have no tensors of their own: the file is there without any, and [`save_weights`] writes what they are part of.
 ///
 /// # Errors
 /// [`Error::File`] naming the file that cannot be written.
@@ -40,8 +41,9 @@ pub fn save_gates(dir: &Path, trainee: &Trainee, params: &Named, about: Map<Stri
     Ok(path)
 }
 
-/// Writes what learned beside the gates, in place of what an earlier training left there: the weights of the blocks, or those of the
-/// queries where only borrowed neurons learned, as `weights.safetensors`, bf16, by the names of Hugging Face; or a LoRA as the library PEFT reads it, `adapter_model.safetensors` and `adapter_config.json`.
+/// Writes what learned beside the gates, in place of what an earlier training left there: the weights of the blocks, or
+/// those of the queries where only borrowed neurons learned, as `weights.safetensors`, bf16, by the names of Hugging Face;
+/// or a LoRA as the library PEFT reads it, `adapter_model.safetensors` and `adapter_config.json`.
 ///
 /// # Errors
 /// [`Error::File`] naming the file that cannot be written.
@@ -72,7 +74,8 @@ pub fn save_weights(dir: &Path, trainee: &Trainee, params: &Named) -> Result<()>
     }
 }
 
-/// A LoRA by the names of PEFT and in Hugging Face's order, f32: projections that share their input have A in common there, here each has a copy.
+/// A LoRA by the names of PEFT and in Hugging Face's order, f32. Projections of the same input share A in training; each
+/// gets a copy.
 fn peft_tensors(config: &Config, params: &Named) -> Result<Named> {
     let mut all = Named::new();
     for layer in 0..config.layers {

@@ -32,26 +32,24 @@ const PROJECTIONS: [&str; 4] = ["qkv", "o", "gate_up", "down"];
 
 impl Trains {
     /// Parameters beside adapters as training begins, f32: borrowed neurons (`layers.N.qkv.neurons` `[kv_heads, hidden]`,
-    /// `layers.N.qkv_bias.neurons` `[kv_heads]`) unless weights learn that they are part of; `NAME.lora_a` `[rank, in]` and
-    /// `NAME.lora_b` `[out, rank]`, or weights, by the names of [`Model::parameters`]. The model they make is `model` itself,
-    /// but for the neurons.
+    /// `layers.N.qkv_bias.neurons` `[kv_heads]`) unless weights learn that they are part of; `NAME.lora_a` `[rank, in]`
+    /// and `NAME.lora_b` `[out, rank]`, or weights, by the names of [`Model::parameters`]. The model they make is `model`
+    /// itself, but for the neurons.
     pub(super) fn fresh(self, model: &Model, donors: Option<&Donors>, seed: u64) -> Result<Named> {
-        let blocks =
-            || Ok::<_, Error>(base(model, donors)?.into_iter().filter(|(name, _)| name.starts_with("layers.")));
         let rank = match (self, donors) {
             (Self::Gates, None) => return Ok(Named::new()),
             (Self::Gates, Some(donors)) => {
-                let joined = blocks()?.filter(|(name, _)| is_joined(name));
+                let joined = base(model, Some(donors), is_joined)?.into_iter();
                 return joined.map(|(name, whole)| Ok((name + NEURONS, donors.taken(&whole)?))).collect();
             }
-            (Self::Full, _) => return Ok(blocks()?.collect()),
+            (Self::Full, _) => return base(model, donors, |name| name.starts_with("layers.")),
             (Self::Lora { rank }, _) => rank,
         };
         if rank == 0 {
             return Err(Error::Model("a LoRA of rank 0 adds nothing: 1 or more".into()));
         }
         let mut all = Named::new();
-        for (number, (name, weight)) in blocks()?.filter(|(name, _)| is_projection(name)).enumerate() {
+        for (number, (name, weight)) in base(model, donors, is_projection)?.into_iter().enumerate() {
             let (out, input) = weight.dims2()?;
             let (seed, std) = (seed.wrapping_add(number as u64), (input as f64).sqrt().recip());
             all.insert(format!("{name}.lora_a"), ops::random(&[rank, input], std, seed, DType::F32, model.device())?);
@@ -66,8 +64,8 @@ impl Trains {
         match self {
             Self::Gates => {
                 let Some(donors) = donors else { return Ok(student) };
-                let joined = student.parameters()?.into_iter().filter(|(name, _)| is_joined(name));
-                let replaced = joined.map(|(name, whole)| {
+                let joined = student.parameters_of(is_joined)?;
+                let replaced = joined.into_iter().map(|(name, whole)| {
                     let neurons = named(params, &format!("{name}{NEURONS}"))?;
                     Ok((name, donors.replaced(&whole, neurons)?))
                 });
@@ -75,10 +73,11 @@ impl Trains {
             }
             Self::Full => student.set_parameters(params)?,
             Self::Lora { .. } => {
-                let base = base(model, donors)?;
-                student.set_parameters(&base)?;
-                let weights = base.into_iter().filter(|(name, _)| is_projection(name));
-                let merged = weights.map(|(name, weight)| {
+                let base = base(model, donors, |name| is_projection(name) || is_joined(name))?;
+                let merged = base.into_iter().map(|(name, weight)| {
+                    if !is_projection(&name) {
+                        return Ok((name, weight));
+                    }
                     let (a, b) = factors(params, &name)?;
                     Ok((name, (weight + (b.matmul(a)? * LORA_SCALE)?)?))
                 });
@@ -134,9 +133,9 @@ pub(super) fn is_neuron(name: &str) -> bool {
     name.ends_with(NEURONS)
 }
 
-/// A model's weights, f32, its borrowed neurons zero: they evict nothing yet.
-fn base(model: &Model, donors: Option<&Donors>) -> Result<Named> {
-    let mut all = model.clone().parameters()?;
+/// Those of a model's weights whose names are wanted, f32, borrowed neurons zero: they evict nothing yet.
+fn base(model: &Model, donors: Option<&Donors>, is_wanted: impl Fn(&str) -> bool) -> Result<Named> {
+    let mut all = model.clone().parameters_of(is_wanted)?;
     if let Some(donors) = donors {
         for (_, whole) in all.iter_mut().filter(|(name, _)| is_joined(name)) {
             *whole = donors.replaced(whole, &donors.taken(whole)?.zeros_like()?)?;

@@ -265,8 +265,8 @@ impl<'a> Trainee<'a> {
         Ok(GateWeights { norm: named(norm)?, eps: self.model.config().rms_eps, weight: named(weight)?, bias: None })
     }
 
-    /// Adds the gradients of a layer's adapter, given that with respect to its logits before their factor; returns that with respect to the
-    /// residual stream, `x_grad` included.
+    /// Adds the gradients of a layer's adapter, given that with respect to its logits before their factor; returns that
+    /// with respect to the residual stream, `x_grad` included.
     fn gate_backward(
         &self,
         params: &Named,

@@ -45,7 +45,13 @@ impl Model {
     /// # Errors
     /// [`Error::Model`] if they are quantized.
     pub fn parameters(&mut self) -> Result<Named> {
-        self.slots()?.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?))).collect()
+        self.parameters_of(|_| true)
+    }
+
+    /// Those whose names are wanted.
+    pub(super) fn parameters_of(&mut self, is_wanted: impl Fn(&str) -> bool) -> Result<Named> {
+        let wanted = self.slots()?.into_iter().filter(|(name, _)| is_wanted(name));
+        wanted.map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?))).collect()
     }
 
     /// Takes weights over, those that are named.
