@@ -22,7 +22,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "cpu")]
     device: Place,
     /// Steps of the weights.
-    #[arg(long, default_value_t = 7000)]
+    #[arg(long, default_value_t = 10_000)]
     steps: u64,
     /// Learning rate of the weights.
     #[arg(long, default_value_t = 1.5e-3)]
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 32)]
     window: usize,
     /// Chooses weights, problems and noise.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 3)]
     seed: u64,
     /// Train gates only, for the weights of this folder.
     #[arg(long)]

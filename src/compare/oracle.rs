@@ -116,7 +116,7 @@ fn in_problem(text: &str) -> Option<(String, &str)> {
             let (start, steps) = asked.split_once(", ")?;
             let road = |from: &str| context.split_once(&format!("{from}-")).map(|(_, rest)| rest[..2].to_string());
             let (mut at, mut walk) = (start.to_string(), String::new());
-            for i in 1..=steps.parse().ok()? {
+            for i in (1..=steps.parse::<usize>().ok()?).rev() {
                 let to = road(&at)?;
                 walk += &format!("{i}. {at}-{to} and then along the road\n");
                 at = to;

@@ -69,14 +69,15 @@ pub fn recall(rng: &mut StdRng, bytes: usize) -> Problem {
     Problem { context: sentences.join(" "), turns }
 }
 
-/// Roads between places, all on one round trip, in random order; the answer is the walk along them, a line a step:
+/// Roads between places, all on one round trip, in random order; the answer is the walk along them, a line a step, with the
+/// number of steps that are left, so that nothing far away says where it ends:
 ///
 /// ```text
 /// ka-mo lu-re mo-lu ...
 ///
 /// from ka, 21 steps.
-/// 1. ka-mo and then along the road
-/// 2. mo-lu and then along the road
+/// 21. ka-mo and then along the road
+/// 20. mo-lu and then along the road
 /// ...
 /// = xy
 /// ```
@@ -93,7 +94,7 @@ pub fn chain(rng: &mut StdRng, bytes: usize) -> Problem {
         places.iter().zip(places.iter().cycle().skip(1)).map(|(from, to)| format!("{from}-{to}")).collect();
     roads.shuffle(rng);
     let question = format!("\nfrom {}, {steps} steps.\n", places[0]);
-    let walk = (1..=steps).map(|i| format!("{i}. {}-{}{STEP}\n", places[i - 1], places[i]));
+    let walk = (0..steps).map(|i| format!("{}. {}-{}{STEP}\n", steps - i, places[i], places[i + 1]));
     let answer = walk.collect::<String>() + &format!("= {}\n", places[steps]);
     Problem { context: roads.join(" ") + "\n", turns: vec![Turn { question, answer }] }
 }
@@ -289,7 +290,7 @@ mod tests {
             let (start, steps) = question.trim().strip_prefix("from ").unwrap().split_once(", ").unwrap();
             let steps: usize = steps.strip_suffix(" steps.").unwrap().parse().unwrap();
             let (mut at, mut expected) = (start, String::new());
-            for i in 1..=steps {
+            for i in (1..=steps).rev() {
                 expected += &format!("{i}. {at}-{} and then along the road\n", map[at]);
                 at = map[at];
             }

@@ -36,6 +36,7 @@ const ALL: &[Shipped] = &[
     shipped!("smollm2-135m-instruct-w64-4x", SMOLLM2),
     shipped!("qwen2.5-coder-0.5b-instruct-w256-4x", QWEN_CODER),
     shipped!("qwen2.5-coder-0.5b-instruct-w256-7x", QWEN_CODER),
+    shipped!("qwen2.5-coder-0.5b-instruct-w64-4x", QWEN_CODER),
 ];
 
 /// Gates of the model with this hash: those of a name, else the first.
