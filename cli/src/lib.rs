@@ -16,6 +16,7 @@ mod model;
 #[cfg(feature = "plot")]
 mod plot;
 mod policies;
+mod results;
 mod retrofit;
 mod table;
 mod train_demo;

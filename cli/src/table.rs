@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, anyhow};
 use comfy_table::{CellAlignment, Table, presets};
-use kvpolicy::compare::{Metrics, Row, Task, wilson};
-use std::path::Path;
+use kvpolicy::compare::{Against, Metrics, Row, Task, wilson};
+use std::{fmt, path::Path};
 
 /// A file that must be UTF-8.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
@@ -23,10 +23,10 @@ pub(crate) fn bytes(n: f64) -> String {
 
 /// One line per context and policy, one column per figure that was measured. Memory is over the policy's tasks: the largest
 /// peak, the mean of means.
-pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Table {
+pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Comparison {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
-    let mut header = vec!["context", "policy", "compression", "KV peak", "KV mean"];
+    let mut header = ["context", "policy", "compression", "KV peak", "KV mean"].map(String::from).to_vec();
     header.extend(tasks.iter().flat_map(|task| columns(*task)));
     table.set_header(header);
     let mut lines: Vec<(usize, &str)> = vec![];
@@ -45,15 +45,54 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Table {
             bytes(own.iter().map(|row| row.kv.mean_bytes).sum::<f64>() / own.len() as f64),
         ];
         for task in tasks {
-            let metrics = own.iter().find(|r| r.task == task.to_string()).map(|r| r.metrics.clone());
-            cells.extend(figures(*task, &metrics.unwrap_or_default()));
+            let row = own.iter().find(|r| r.task == task.to_string());
+            let mut figures = figures(*task, &row.map(|r| r.metrics.clone()).unwrap_or_default());
+            if let (Some(figure), Some(row)) = (figures.first_mut(), row) {
+                *figure += &marks(&row.against);
+            }
+            cells.extend(figures);
         }
         table.add_row(cells);
     }
     table.column_iter_mut().enumerate().filter(|(i, _)| *i != 1).for_each(|(_, c)| {
         c.set_cell_alignment(CellAlignment::Right);
     });
-    table
+    let marks = [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(mark, _)| {
+        let marked = |row: &Row| marks(&row.against).contains(*mark);
+        rows.iter().any(marked)
+    });
+    let marks: Vec<String> = marks.map(|(mark, policy)| format!("{mark} differs from {policy}")).collect();
+    Comparison { table, marks: marks.join(", ") }
+}
+
+/// A table, and what the marks in it mean.
+pub(crate) struct Comparison {
+    table: Table,
+    marks: String, // empty without any
+}
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.table)?;
+        match self.marks.as_str() {
+            "" => Ok(()),
+            marks => write!(f, "\n{marks} (p < {SURE}, paired samples)"),
+        }
+    }
+}
+
+/// Differences that chance makes more rarely are marked.
+const SURE: f64 = 0.05;
+const FULL: &str = "*";
+const DMS: &str = "^";
+
+/// Which of the policies that a figure is measured by it differs from.
+fn marks(against: &[Against]) -> String {
+    let differs = |name: &str| {
+        let is_named = |other: &&Against| other.policy.split([':', ' ']).next() == Some(name);
+        against.iter().filter(is_named).any(|other| other.p < SURE)
+    };
+    [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(_, name)| differs(name)).map(|(mark, _)| mark).collect()
 }
 
 /// What the tasks have in common, or from the least to the most where they differ: gates keep what a text is worth.
@@ -63,17 +102,11 @@ fn compression(rows: &[&Row]) -> String {
     if most > least * 1.05 { format!("{least:.2}-{most:.2}x") } else { format!("{least:.2}x") }
 }
 
-fn columns(task: Task) -> Vec<&'static str> {
+fn columns(task: Task) -> Vec<String> {
     match task {
-        Task::Ppl => vec!["ppl"],
-        Task::Kl => vec!["KL nats/token"],
-        Task::Needle => vec!["needle"],
-        Task::NeedleAware => vec!["needle-aware"],
-        Task::WordKey => vec!["word-key"],
-        Task::WordKeyAware => vec!["word-key-aware"],
-        Task::Recall => vec!["recall"],
-        Task::Chain => vec!["chain"],
-        Task::Speed => vec!["prefill tok/s", "decode tok/s"],
+        Task::Kl => vec!["KL nats/token".into()],
+        Task::Speed => vec!["prefill tok/s".into(), "decode tok/s".into()],
+        task => vec![task.to_string()],
     }
 }
 
@@ -82,32 +115,40 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
     match task {
         Task::Ppl => vec![number(metrics.ppl, 3)],
         Task::Kl => vec![number(metrics.kl, 4)],
-        Task::Needle | Task::NeedleAware | Task::WordKey | Task::WordKeyAware | Task::Recall | Task::Chain => {
-            let counts = metrics.correct.zip(metrics.questions);
-            vec![counts.map_or("-".to_string(), |(correct, questions)| score(correct, questions))]
-        }
         Task::Speed => vec![number(metrics.prefill_tokens_per_s, 1), number(metrics.decode_tokens_per_s, 1)],
+        Task::Ask(..) | Task::Recall | Task::Chain => vec![score(metrics)],
     }
 }
 
-/// Right answers with what their share may be: `87/100 (79-92%)`.
-fn score(correct: u64, questions: u64) -> String {
-    let interval = wilson(correct, questions);
-    let percent = interval.map(|[least, most]| format!(" ({:.0}-{:.0}%)", 100.0 * least, 100.0 * most));
-    format!("{correct}/{questions}{}", percent.unwrap_or_default())
+/// Right answers with what their share may be: `87/100 (79-92%)`; where parts count, the mean share that is right, `88%
+/// (80-93%)`.
+fn score(metrics: &Metrics) -> String {
+    let percent = |[least, most]: [f64; 2]| format!(" ({:.0}-{:.0}%)", 100.0 * least, 100.0 * most);
+    let interval = |interval: Option<[f64; 2]>| interval.map(percent).unwrap_or_default();
+    match (metrics.score, metrics.correct.zip(metrics.questions)) {
+        (Some(score), _) => format!("{:.0}%{}", 100.0 * score, interval(metrics.score_interval)),
+        (None, Some((correct, questions))) => format!("{correct}/{questions}{}", interval(wilson(correct, questions))),
+        (None, None) => "-".into(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
     fn a_score_says_how_sure_it_is() {
-        let printed = [(87, 100), (0, 2), (2, 2), (0, 0)].map(|(correct, questions)| super::score(correct, questions));
+        let counted =
+            |(correct, questions)| Metrics { correct: Some(correct), questions: Some(questions), ..Metrics::default() };
+        let printed = [(87, 100), (0, 2), (2, 2), (0, 0)].map(|counts| score(&counted(counts)));
         assert_eq!(printed, ["87/100 (79-92%)", "0/2 (0-66%)", "2/2 (34-100%)", "0/0"]);
+        let parts = Metrics { score: Some(0.755), score_interval: Some([0.6, 0.85]), ..counted((2, 4)) };
+        assert_eq!((score(&parts), score(&Metrics::default())), ("76% (60-85%)".into(), "-".into()));
     }
 
     #[test]
     fn bytes_are_readable() {
-        let printed: Vec<String> = [0.0, 1023.0, 1024.0, 1.5 * 1024.0 * 1024.0].map(super::bytes).to_vec();
+        let printed: Vec<String> = [0.0, 1023.0, 1024.0, 1.5 * 1024.0 * 1024.0].map(bytes).to_vec();
         assert_eq!(printed, ["0 B", "1023 B", "1.0 KiB", "1.5 MiB"]);
     }
 }

@@ -210,6 +210,59 @@ fn compare_without_a_model_shows_what_policies_do() {
 }
 
 #[test]
+fn a_stopped_run_goes_on_to_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let compare = |more: &[&str]| {
+        let args = ["compare", "--tasks", "recall,chain", "--context", "512", "--samples", "3", "--policies"];
+        program(&dir, &[&args[..], &["full;h2o;dms", "--sweep", "4"], more].concat())
+    };
+    let files = |out: &str| {
+        let mut report: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(dir.path().join(out).join("results.json")).unwrap()).unwrap();
+        ["started", "command"].iter().for_each(|name| report[name] = json!(null));
+        (report.to_string(), std::fs::read_to_string(dir.path().join(out).join("samples.jsonl")).unwrap())
+    };
+    let table = succeeded(&compare(&["--out", "a"]));
+    assert!(table.contains("differs from full (p < 0.05, paired samples)") || !table.contains('*'), "{table}");
+    succeeded(&compare(&["--out", "b"]));
+    assert!(files("a") == files("b"), "the same seed");
+
+    // Stopped within a line, between the questions of a run, and before the first.
+    let (whole, samples) = files("a");
+    let middle = samples.len() / 2;
+    let question = samples.match_indices('\n').map(|(at, _)| at + 1).find(|at| !samples[..*at].contains("\"kv\""));
+    for stopped in [middle, middle + 1, question.unwrap(), samples.len(), 0] {
+        std::fs::write(dir.path().join("b/samples.jsonl"), &samples[..stopped]).unwrap();
+        let said = compare(&["--out", "b", "--resume"]);
+        assert_eq!(succeeded(&said), table);
+        assert!(files("b") == (whole.clone(), samples.clone()), "stopped at {stopped}");
+    }
+
+    let report = read(&dir.path().join("a/results.json"));
+    let h2o = report.rows.iter().find(|row| row.task == "recall" && row.policy.starts_with("h2o")).unwrap();
+    let measures: Vec<&str> = h2o.against.iter().map(|other| other.policy.as_str()).collect();
+    assert_eq!(measures, ["full", "dms"]);
+    let dense = report.rows[0].metrics.accuracy.unwrap();
+    assert!((h2o.against[0].difference - (h2o.metrics.accuracy.unwrap() - dense)).abs() < 1e-12);
+
+    let refused = |more: &[&str], words: &[&str]| {
+        let output = compare(more);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    refused(&["--out", "a", "--resume", "--seed", "9"], &["a is of another plan", "seed was `0` and is `9`"]);
+    refused(&["--out", "nowhere", "--resume"], &["nothing to resume", "nowhere"]);
+    refused(&["--resume"], &["--out"]);
+    std::fs::write(dir.path().join("b/samples.jsonl"), samples.replacen("\"task\"", "\"task", 1)).unwrap();
+    refused(&["--out", "b", "--resume"], &["samples.jsonl", "line 1 is no sample"]);
+    let old = std::fs::read_to_string(dir.path().join("a/results.json")).unwrap();
+    let old = old.replacen("\"version\": \"", "\"version\": \"0.0.", 1).replacen("h2o:budget", "h2o:budgie", 1);
+    std::fs::write(dir.path().join("a/results.json"), old).unwrap();
+    refused(&["--out", "a", "--resume"], &["version was `0.0.", "policies was", "h2o:budgie"]);
+    assert!(files("a").1 == samples, "what is refused leaves the samples alone");
+}
+
+#[test]
 fn retrofit_trains_gates_that_can_be_used() {
     let dir = tempfile::tempdir().unwrap();
     let text = "a boat waits near the mill. the owl sings and the river runs.\n".repeat(120);
@@ -389,6 +442,8 @@ fn bad_input_is_refused_with_its_reason() {
     compare(&["--text", "t.txt", "--policies", "window:sinks=2"], &["`size` is missing"]);
     compare(&["--text", "t.txt", "--policies", "dms", "--context", "256"], &["gates"]);
     compare(&["--text", "t.txt", "--policies", ";"], &["no policy"]);
+    let twice = ["--text", "t.txt", "--policies", "full;tova:budget=9;full", "--context", "256"];
+    compare(&twice, &["full is named twice"]);
     compare(&["--text", "t.txt", "--tasks", "ppl,poetry"], &["poetry", "needle"]);
     compare(&["--text", "t.txt", "--tasks", ","], &["no task"]);
     compare(&[], &["ppl", "--text", "recall,chain"]);

@@ -1,6 +1,6 @@
 //! Perplexity and KL divergence with the policy active.
 
-use super::{Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, log_softmax, report::Runs};
+use super::{Excerpts, Log, Sample, Sequence, Task, log_softmax};
 use crate::{error::Result, policies::Full, policy::Policy};
 use std::sync::Arc;
 
@@ -11,12 +11,13 @@ pub(super) fn scored_tokens(context: usize) -> usize {
     (context / 4).min(MOST_SCORED)
 }
 
-pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<Row>> {
-    let plan = texts.plan;
+pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
     let wants_kl = texts.contest.tasks.contains(&Task::Kl);
-    let mut scores = vec![Scores::default(); texts.contenders().len()];
-    let mut runs = vec![Runs::default(); texts.contenders().len()];
-    for sample in 0..plan.samples {
+    for sample in 0..texts.plan.samples {
+        let contenders = log.lacking(texts, Task::Ppl, sample);
+        if contenders.is_empty() {
+            continue;
+        }
         let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), texts.context())?;
         let mut reference = vec![];
         if wants_kl {
@@ -24,59 +25,30 @@ pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<R
             let mut sequence = texts.subject.open(&full)?;
             walk(&mut *sequence, &tokens, |logits, _| reference.push(narrow(&log_softmax(logits))))?;
         }
-        for (i, contender) in texts.contenders().iter().enumerate() {
-            progress.unit(&format!("ppl {} at {}", contender.label, texts.context()));
+        for contender in contenders {
+            log.unit(texts, Task::Ppl, contender);
             let mut sequence = texts.subject.open(&contender.policy)?;
-            let mut own = Scores::default();
+            let (mut nll, mut divergence) = (vec![], vec![]);
             walk(&mut *sequence, &tokens, |logits, next| {
                 let log_p = log_softmax(logits);
-                let divergence = reference.get(own.count).map_or(0.0, |full| kl(full, &log_p));
-                own.add(-log_p[next as usize], divergence);
+                divergence.extend(reference.get(nll.len()).map(|full| kl(full, &log_p)));
+                nll.push(-log_p[next as usize]);
             })?;
-            runs[i].add(&sequence.stats());
-            scores[i].merge(&own);
-            progress.sample(&Sample {
-                nll: Some(own.nll / own.count as f64),
-                kl: wants_kl.then_some(own.kl / own.count as f64),
+            log.add(Sample {
+                nll: Some(mean(&nll)),
+                kl: wants_kl.then(|| mean(&divergence)),
+                kl_by_token: narrow(&divergence),
                 prompt: excerpt.clone(),
-                ..Sample::new("ppl", contender, texts.context(), sample)
+                kv: Some(sequence.stats()),
+                ..Sample::new(Task::Ppl, contender, texts.context(), sample)
             })?;
         }
     }
-    let mut rows = vec![];
-    for ((contender, scores), runs) in texts.contenders().iter().zip(&scores).zip(&runs) {
-        let n = scores.count as f64;
-        for &task in &texts.contest.tasks {
-            let metrics = match task {
-                Task::Kl => Metrics { kl: Some(scores.kl / n), ..Metrics::default() },
-                _ => Metrics { ppl: Some((scores.nll / n).exp()), ..Metrics::default() },
-            };
-            rows.push(Row::new(contender, task, texts, metrics, runs));
-        }
-    }
-    Ok(rows)
+    Ok(())
 }
 
-/// Sums over scored tokens.
-#[derive(Debug, Clone, Default)]
-struct Scores {
-    count: usize,
-    nll: f64,
-    kl: f64,
-}
-
-impl Scores {
-    fn add(&mut self, nll: f64, kl: f64) {
-        self.count += 1;
-        self.nll += nll;
-        self.kl += kl;
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.nll += other.nll;
-        self.kl += other.kl;
-    }
+fn mean(figures: &[f64]) -> f64 {
+    figures.iter().sum::<f64>() / figures.len() as f64
 }
 
 /// Reads the prompt, then the scored tokens one by one as if they were generated; each is told with the logits before it.

@@ -147,6 +147,6 @@ pub(super) fn play(oracle: &Oracle, tasks: &[Task], contexts: &[usize]) -> Resul
     let contests = contexts.iter().flat_map(|&context| tasks.iter().map(move |&task| (context, task)));
     let contests = contests.map(|(context, task)| contest(context, task)).collect();
     let mut notes = Notes::default();
-    let rows = run(oracle, &Plan { contests, samples: 3, seed: 7, text: None }, &mut notes)?;
+    let rows = run(oracle, &Plan { contests, samples: 3, seed: 7, text: None }, vec![], &mut notes)?;
     Ok((rows, notes.0))
 }
