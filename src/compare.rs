@@ -17,11 +17,13 @@
 //! | `state` | a state that changes over many steps, which are written down one by one; an early one is asked for |
 //! | `recall` | facts among sentences, asked for one after the other once the policy has compressed the text |
 //! | `chain` | a walk along a map that was compressed before it begins: every step looks back |
+//! | `gsm8k`, `math-500`, `aime`, `gpqa-diamond`, `humaneval`, `livecodebench` | a [`benchmark`] from a file of the user's |
 //! | `speed` | tokens per second of prefill and decode |
 //!
 //! From `needle` to `state` each has a second setting, `needle-aware` and so on: the question is part of the prompt that is
-//! compressed. All but `ppl`, `kl` and the needles make up their own text.
+//! compressed. All but `ppl`, `kl`, the needles and the benchmarks make up their own text.
 
+pub mod benchmark;
 mod common_words;
 mod likelihood;
 mod log;
@@ -52,6 +54,7 @@ use crate::{
     spec::{ModelSpec, keyword_param},
     stats::Stats,
 };
+use benchmark::{Benchmark, Exam, Sampling};
 use log::Log;
 use problems::Problem;
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -107,6 +110,8 @@ pub enum Task {
     Recall,
     /// A walk along a map that is compressed before it begins.
     Chain,
+    /// A benchmark of the user's own file.
+    Exam(Benchmark),
     /// Tokens per second.
     Speed,
 }
@@ -158,6 +163,7 @@ impl fmt::Display for Task {
             Self::Ask(ask, Setting::Aware) => write!(f, "{ask}{AWARE}"),
             Self::Recall => f.write_str("recall"),
             Self::Chain => f.write_str("chain"),
+            Self::Exam(benchmark) => write!(f, "{benchmark}"),
             Self::Speed => f.write_str("speed"),
         }
     }
@@ -170,6 +176,9 @@ impl Task {
             .find(|task| task.to_string() == name)
         {
             return Some(task);
+        }
+        if let Some(benchmark) = Benchmark::read(name) {
+            return Some(Self::Exam(benchmark));
         }
         match name.strip_suffix(AWARE) {
             Some(name) => Ask::read(name).map(|ask| Self::Ask(ask, Setting::Aware)),
@@ -185,8 +194,9 @@ impl Task {
         let names = list.split(',').map(str::trim).filter(|name| !name.is_empty());
         let asks = Ask::KIND.trim().replace(' ', ", ");
         let unknown = |name: &str| {
+            let (count, exams) = (asks.split(',').count(), Benchmark::names());
             format!(
-                "unknown task `{name}` (known: ppl, kl, {asks}, each of these also with {AWARE}, recall, chain, speed)"
+                "unknown task `{name}` (known: ppl, kl, {asks}, the last {count} also with {AWARE}; recall, chain, {exams}, speed)"
             )
         };
         let read = |name| Self::read(name).ok_or_else(|| Error::Config(unknown(name)));
@@ -206,7 +216,7 @@ impl Task {
         match self {
             Self::Ppl | Self::Kl => true,
             Self::Ask(ask, _) => ask.is_needle(),
-            Self::Recall | Self::Chain | Self::Speed => false,
+            Self::Recall | Self::Chain | Self::Exam(_) | Self::Speed => false,
         }
     }
 
@@ -272,6 +282,23 @@ pub struct Plan {
     pub seed: u64,
     /// The text that prompts are cut from, for tasks that do ([`Task::cuts_text`]); `speed` takes it if there is one.
     pub text: Option<String>,
+    /// The files of the benchmarks among the tasks.
+    pub exams: Vec<Exam>,
+    /// How their answers are drawn.
+    pub sampling: Sampling,
+}
+
+impl Plan {
+    /// Sequences of a contender in a contest.
+    fn runs(&self, contest: &Contest) -> usize {
+        match contest.tasks.first() {
+            Some(Task::Exam(benchmark)) => {
+                let exam = self.exams.iter().find(|exam| exam.benchmark == *benchmark);
+                exam.map_or(0, |exam| exam.questions.len()) * self.sampling.repeats
+            }
+            _ => self.samples,
+        }
+    }
 }
 
 /// Told of progress.
@@ -301,6 +328,7 @@ pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut
             Some(Task::Ppl | Task::Kl) => likelihood::run(&texts, &mut log)?,
             Some(Task::Ask(ask, setting)) => retrieval::run(&texts, *ask, *setting, &mut log)?,
             Some(task @ (Task::Recall | Task::Chain)) => turns::run(&texts, *task, &mut log)?,
+            Some(Task::Exam(benchmark)) => benchmark::run(&texts, *benchmark, &mut log)?,
             Some(Task::Speed) => speed::run(&texts, &mut log)?,
             None => {}
         }
@@ -311,6 +339,7 @@ pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut
 /// A text that is too short, or a context that cannot be filled, is told before the first run.
 fn foresee(texts: &Excerpts) -> Result<()> {
     match texts.contest.tasks.first() {
+        Some(Task::Exam(benchmark)) => benchmark::prompts(texts, benchmark::exam(texts, *benchmark)?).map(drop),
         Some(Task::Ask(ask, _)) if !ask.is_needle() => retrieval::prompt(texts, *ask, 0).map(drop),
         Some(task) if task.cuts_text() => texts.cut(&mut texts.rng(0), texts.context()).map(drop),
         _ => Ok(()),
@@ -322,6 +351,7 @@ fn check(plan: &Plan) -> Result<()> {
     if plan.samples == 0 {
         return refuse("samples=0: at least one");
     }
+    plan.sampling.check()?;
     let empty = plan.contests.is_empty() || plan.contests.iter().any(|contest| contest.contenders.is_empty());
     if empty {
         return refuse("nothing to compare: name policies, tasks and contexts");

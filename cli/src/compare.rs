@@ -3,16 +3,19 @@ use crate::{
     results::Results,
     table::{self, read_text},
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvpolicy::{
     Registry,
-    compare::{self, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task},
+    compare::{
+        self, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task,
+        benchmark::{Benchmark, Exam, Sampling},
+    },
 };
 use kvpolicy_candle::Hosted;
 use sha2::{Digest, Sha256};
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -24,7 +27,7 @@ pub(crate) struct Args {
     #[arg(long)]
     policies: Option<String>,
     /// What to measure: ppl, kl, needle, needle-multikey, needle-multivalue, needle-multiquery, word-key, variable-tracking,
-    /// common-words, state, recall, chain, speed. From needle to state the policy compresses before it sees the question; with
+    /// common-words, state, recall, chain, speed, and the benchmarks of --file. From needle to state the policy compresses before it sees the question; with
     /// -aware behind the name, after [default: ppl,kl,needle,speed; without --model recall].
     #[arg(long)]
     tasks: Option<String>,
@@ -35,7 +38,8 @@ pub(crate) struct Args {
     /// without --model and --policies 4].
     #[arg(long, value_delimiter = ',')]
     sweep: Vec<f64>,
-    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 12].
+    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 12], or the first questions of
+    /// a benchmark [default: all].
     #[arg(long)]
     samples: Option<usize>,
     /// Chooses texts, numbers and depths.
@@ -45,6 +49,20 @@ pub(crate) struct Args {
     /// where there is none.
     #[arg(long)]
     text: Option<PathBuf>,
+    /// The file of a benchmark among the tasks (gsm8k, math-500, aime, gpqa-diamond, humaneval, livecodebench), JSON lines as it
+    /// is published; --context bounds question and answer together.
+    #[arg(long, value_name = "TASK=PATH")]
+    file: Vec<String>,
+    /// Answers to each question of a benchmark; its figure is their mean (pass@1).
+    #[arg(long, default_value_t = 1)]
+    repeats: usize,
+    /// What answers to benchmarks are drawn at; 0 takes the most likely token.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Run the Python programs that the model writes for humaneval and livecodebench. They get a process with limits on time,
+    /// memory and output, but no sandbox: they can do what you can.
+    #[arg(long)]
+    allow_exec: bool,
     /// A folder for results.json and samples.jsonl.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -107,13 +125,16 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     }
     let text = args.text.as_deref().map(read_text).transpose()?;
     compare::check_text(&request.tasks, text.as_deref())?;
+    let exams = args.file.iter().map(|file| exam(file, args)).collect::<Result<Vec<_>>>()?;
     let mut hosted = args.model.load()?;
     // Text that is cut and put together again may make a few tokens more.
     args.model.reach(&mut hosted, args.context.iter().max().unwrap_or(&0).saturating_add(1024));
     let groups = compare::task_groups(&request.tasks);
     let cells = args.context.iter().flat_map(|&context| groups.iter().map(move |tasks| (context, tasks.clone())));
     let contests = cells.map(|(context, tasks)| contest(&request, registry, &hosted, context, tasks));
-    let plan = Plan { contests: contests.collect::<Result<_>>()?, samples: request.samples, seed: args.seed, text };
+    let (contests, samples, seed) = (contests.collect::<Result<_>>()?, request.samples, args.seed);
+    let sampling = Sampling { repeats: args.repeats, temperature: args.temperature, allow_exec: args.allow_exec };
+    let plan = Plan { contests, samples, seed, text, exams, sampling };
     check(&plan, &hosted, args.model.allow_long)?;
 
     let mut report = report(&hosted, &plan)?;
@@ -135,6 +156,15 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         eprintln!("results.json and samples.jsonl written to {}", dir.display());
     }
     Ok(())
+}
+
+/// The file of `--file task=path`, or what `--samples` leaves of it.
+fn exam(file: &str, args: &Args) -> Result<Exam> {
+    let (task, path) = file.split_once('=').with_context(|| format!("--file {file}: write TASK=PATH"))?;
+    let text = read_text(Path::new(path))?;
+    let mut exam = Exam::read(Benchmark::named(task)?, &text, args.seed, sha256(&text)).context(path.to_string())?;
+    exam.questions.truncate(args.samples.unwrap_or(usize::MAX));
+    Ok(exam)
 }
 
 fn contest(
@@ -193,6 +223,9 @@ fn report(hosted: &Hosted, plan: &Plan) -> Result<Report> {
         text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
         samples: plan.samples,
+        exams: plan.exams.iter().map(|exam| (exam.benchmark.to_string(), exam.sha256.clone())).collect(),
+        repeats: plan.sampling.repeats,
+        temperature: plan.sampling.temperature,
         contests: Planned::of(plan),
         host: Host {
             platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),

@@ -116,7 +116,7 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
         Task::Ppl => vec![number(metrics.ppl, 3)],
         Task::Kl => vec![number(metrics.kl, 4)],
         Task::Speed => vec![number(metrics.prefill_tokens_per_s, 1), number(metrics.decode_tokens_per_s, 1)],
-        Task::Ask(..) | Task::Recall | Task::Chain => vec![score(metrics)],
+        Task::Ask(..) | Task::Recall | Task::Chain | Task::Exam(_) => vec![score(metrics)],
     }
 }
 

@@ -263,6 +263,43 @@ fn a_stopped_run_goes_on_to_the_same_files() {
 }
 
 #[test]
+fn benchmarks_are_asked_from_files() {
+    let bench = Bench::new();
+    let question = |text: &str, answer: &str| json!({ "question": text, "answer": answer }).to_string() + "\n";
+    let file = question("How many are 2 and 3?", "#### 5") + &question("And 4 and 4?", "#### 8");
+    std::fs::write(bench.path("school.jsonl"), file).unwrap();
+    let code = json!({"prompt": "def f():\n", "entry_point": "f", "test": "def check(c): pass"});
+    std::fs::write(bench.path("code.jsonl"), code.to_string()).unwrap();
+    let ask = |more: &[&str], words: &[&str]| {
+        let args = ["--policies", "full;window:size=24", "--context", "400", "--out", "out"];
+        match words {
+            [] => drop(succeeded(&bench.run("compare", &[&args[..], more].concat()))),
+            words => bench.fails("compare", &[&args[..], more].concat(), words),
+        }
+    };
+    let drawn = ["--tasks", "gsm8k", "--file", "gsm8k=school.jsonl", "--repeats", "2", "--temperature", "0.8"];
+    ask(&drawn, &[]);
+    let report = read(&bench.path("out/results.json"));
+    assert!(report.exams["gsm8k"].len() == 64 && report.repeats == 2 && report.temperature == 0.8);
+    assert_eq!(
+        report.rows.iter().map(|row| (row.samples, row.metrics.questions)).collect::<Vec<_>>(),
+        [(2, Some(4)); 2]
+    );
+    let samples = std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap();
+    ask(&[&drawn[..], &["--resume"]].concat(), &[]);
+    ask(&[&drawn[..7], &["0.9", "--resume"]].concat(), &["temperature was `0.8` and is `0.9`"]);
+    assert_eq!(samples, std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap());
+    ask(&[&drawn[..4], &["--samples", "1"]].concat(), &[]);
+    assert_eq!(read(&bench.path("out/results.json")).rows[0].samples, 1);
+
+    ask(&["--tasks", "gsm8k"], &["gsm8k", "--file gsm8k="]);
+    ask(&["--tasks", "gsm8k", "--file", "school.jsonl"], &["school.jsonl", "TASK=PATH"]);
+    ask(&["--tasks", "gsm8k", "--file", "poetry=school.jsonl"], &["poetry", "math-500"]);
+    ask(&["--tasks", "gsm8k", "--file", "gsm8k=code.jsonl"], &["code.jsonl", "line 1 of gsm8k", "question"]);
+    ask(&["--tasks", "humaneval", "--file", "humaneval=code.jsonl"], &["humaneval", "--allow-exec"]);
+}
+
+#[test]
 fn retrofit_trains_gates_that_can_be_used() {
     let dir = tempfile::tempdir().unwrap();
     let text = "a boat waits near the mill. the owl sings and the river runs.\n".repeat(120);

@@ -14,7 +14,7 @@ pub(super) fn scored_tokens(context: usize) -> usize {
 pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
     let wants_kl = texts.contest.tasks.contains(&Task::Kl);
     for sample in 0..texts.plan.samples {
-        let contenders = log.lacking(texts, Task::Ppl, sample);
+        let contenders = log.lacking(texts, Task::Ppl, sample, 0);
         if contenders.is_empty() {
             continue;
         }

@@ -17,26 +17,34 @@ struct Run {
     policy: String,
     context: usize,
     sample: usize,
+    repeat: usize,
 }
 
 impl Run {
     fn of(sample: &Sample) -> Self {
-        let Sample { task, policy, context, sample, .. } = sample;
-        Self { task: task.clone(), policy: policy.clone(), context: *context, sample: *sample }
+        let Sample { task, policy, context, sample, repeat, .. } = sample;
+        Self { task: task.clone(), policy: policy.clone(), context: *context, sample: *sample, repeat: *repeat }
     }
 }
 
 impl<'a> Log<'a> {
     pub(super) fn new(plan: &Plan, done: Vec<Sample>, progress: &'a mut dyn Progress) -> Self {
         let runs: HashSet<Run> = done.iter().filter(|sample| sample.kv.is_some()).map(Run::of).collect();
-        let contenders: usize = plan.contests.iter().map(|contest| contest.contenders.len()).sum();
-        progress.start((plan.samples * contenders).saturating_sub(runs.len()) as u64);
+        let all: usize = plan.contests.iter().map(|contest| contest.contenders.len() * plan.runs(contest)).sum();
+        progress.start(all.saturating_sub(runs.len()) as u64);
         Self { samples: done, done: runs, progress }
     }
 
-    /// The contenders that have not run this sample yet.
-    pub(super) fn lacking<'c>(&self, texts: &Excerpts<'c>, task: Task, sample: usize) -> Vec<&'c Contender> {
-        let run = |contender: &Contender| Run::of(&Sample::new(task, contender, texts.context(), sample));
+    /// The contenders that have not run this sample yet, or this repeat of it.
+    pub(super) fn lacking<'c>(
+        &self,
+        texts: &Excerpts<'c>,
+        task: Task,
+        sample: usize,
+        repeat: usize,
+    ) -> Vec<&'c Contender> {
+        let run =
+            |contender: &Contender| Run { repeat, ..Run::of(&Sample::new(task, contender, texts.context(), sample)) };
         texts.contest.contenders.iter().filter(|contender| !self.done.contains(&run(contender))).collect()
     }
 

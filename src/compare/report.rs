@@ -3,6 +3,7 @@
 use super::{Contender, Contest, Plan, Task, significance::Against};
 use crate::stats::Stats;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Version of the schema of [`Report`]; raised when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
@@ -33,6 +34,15 @@ pub struct Report {
     /// Samples of each policy, task and context.
     #[serde(default)]
     pub samples: usize,
+    /// SHA-256 of the benchmarks' files, as far as they were asked.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub exams: BTreeMap<String, String>,
+    /// Answers to each of their questions.
+    #[serde(default)]
+    pub repeats: usize,
+    /// What these were drawn at.
+    #[serde(default)]
+    pub temperature: f64,
     /// What was to be measured.
     #[serde(default)]
     pub contests: Vec<Planned>,
@@ -79,6 +89,9 @@ impl Report {
                 ("text_sha256", report.text_sha256.clone()),
                 ("seed", report.seed.to_string()),
                 ("samples", report.samples.to_string()),
+                ("exams", format!("{:?}", report.exams)),
+                ("repeats", report.repeats.to_string()),
+                ("temperature", report.temperature.to_string()),
                 ("contexts", list(report, |contest| vec![contest.context.to_string()])),
                 ("tasks", list(report, |contest| contest.tasks.clone())),
                 ("policies", list(report, |contest| contest.policies.iter().map(|[_, full]| full.clone()).collect())),
@@ -216,8 +229,11 @@ pub struct Sample {
     pub policy: String,
     /// Context length in tokens.
     pub context: usize,
-    /// Number of the sample.
+    /// Number of the sample; of a benchmark, of the question.
     pub sample: usize,
+    /// Number of the answer, of a benchmark with several to a question.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub repeat: usize,
     /// The whole prompt, with the turns before it as they went, or the text that was scored.
     pub prompt: String,
     /// What a right answer contains.
@@ -226,6 +242,9 @@ pub struct Sample {
     /// What the model said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
+    /// Tokens of it, of a benchmark.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generated: Option<usize>,
     /// The verdict.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub correct: Option<bool>,
@@ -250,6 +269,10 @@ pub struct Sample {
     /// The cache over the whole run; absent in all but the last line of a run that has several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv: Option<Stats>,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl Sample {

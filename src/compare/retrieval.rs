@@ -106,7 +106,7 @@ pub(super) fn decoded(ask: Ask, context: usize) -> usize {
 pub(super) fn run(texts: &Excerpts, ask: Ask, setting: Setting, log: &mut Log) -> Result<()> {
     let task = Task::Ask(ask, setting);
     for sample in 0..texts.plan.samples {
-        let contenders = log.lacking(texts, task, sample);
+        let contenders = log.lacking(texts, task, sample, 0);
         if contenders.is_empty() {
             continue;
         }
@@ -133,7 +133,11 @@ fn answer(texts: &Excerpts, setting: Setting, contender: &Contender, prompt: &Pr
     let mut sequence = texts.subject.open(&contender.policy)?;
     // With `last` the policy compresses what it has read before the question comes.
     sequence.prefill(&prompt.context, setting == Setting::Before)?;
-    let is_whole = |answer: &[u32]| Ok(prompt.expected.is_whole(&texts.subject.decode(answer)?));
+    let decode = |tokens: &[u32]| texts.subject.decode(tokens);
+    let is_whole = |answer: &[u32]| {
+        let ends_line = decode(&answer[answer.len() - 1..])?.contains('\n');
+        Ok(ends_line && prompt.expected.is_whole(&decode(answer)?))
+    };
     let answer = greedy(texts, &mut *sequence, &prompt.question, prompt.most, is_whole)?;
     Ok((answer, sequence.stats()))
 }
@@ -176,10 +180,22 @@ pub(super) fn greedy(
     most: usize,
     is_whole: impl Fn(&[u32]) -> Result<bool>,
 ) -> Result<String> {
+    Ok(texts.subject.decode(&generate(texts, sequence, question, most, argmax, is_whole)?)?)
+}
+
+/// The same, with tokens that are picked from the logits.
+pub(super) fn generate(
+    texts: &Excerpts,
+    sequence: &mut dyn Sequence,
+    question: &[u32],
+    most: usize,
+    mut pick: impl FnMut(&[f32]) -> u32,
+    is_whole: impl Fn(&[u32]) -> Result<bool>,
+) -> Result<Vec<u32>> {
     let mut logits = sequence.prefill(question, true)?;
     let mut answer = vec![];
     while answer.len() < most {
-        let token = argmax(&logits);
+        let token = pick(&logits);
         if texts.subject.is_end(token) {
             break;
         }
@@ -191,7 +207,7 @@ pub(super) fn greedy(
             logits = sequence.decode(token)?;
         }
     }
-    Ok(texts.subject.decode(&answer)?)
+    Ok(answer)
 }
 
 /// The last line that says something.
@@ -235,7 +251,12 @@ mod tests {
         let contests = vec![Contest { context, tasks: vec![Task::Ask(ask, setting)], contenders }];
         let text = (0..2000).map(|i| format!("Sentence {i} says nothing. ")).collect();
         let mut notes = Notes::default();
-        run(oracle, &Plan { contests, samples: 2, seed: 3, text: Some(text) }, vec![], &mut notes)?;
+        run(
+            oracle,
+            &Plan { contests, samples: 2, seed: 3, text: Some(text), exams: vec![], sampling: Default::default() },
+            vec![],
+            &mut notes,
+        )?;
         Ok(notes.0)
     }
 

@@ -10,7 +10,7 @@ pub(super) const GENERATED: usize = 32;
 pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
     let context = texts.context();
     for sample in 0..texts.plan.samples {
-        let contenders = log.lacking(texts, Task::Speed, sample);
+        let contenders = log.lacking(texts, Task::Speed, sample, 0);
         let Some(first) = contenders.first() else { continue };
         let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), context - GENERATED)?;
         warm_up(texts, first, &tokens)?;

@@ -67,11 +67,12 @@ fn metrics(task: Task, own: &[&Sample], seed: u64) -> Metrics {
         },
         _ => {
             let right = own.iter().filter(|sample| sample.correct == Some(true)).count();
-            let gives_parts = own.iter().any(|sample| sample.score.is_some());
+            // Answers to one question are no more independent than the parts of one answer.
+            let gives_parts = own.iter().any(|sample| sample.score.is_some() || sample.repeat > 0);
             let sums = by_sample(task, own).into_values();
             let sums: Vec<Pair> = sums.map(|(a, count)| Pair { a, b: 0.0, count: count as f64 }).collect();
             Metrics {
-                score: gives_parts.then(|| mean(|s| s.score)),
+                score: gives_parts.then(|| mean(score)),
                 score_interval: mean_interval(&sums, seed).filter(|_| gives_parts),
                 ..Metrics::of_answers(right as u64, own.len() as u64)
             }
@@ -98,13 +99,18 @@ fn by_sample(task: Task, own: &[&Sample]) -> BTreeMap<usize, (f64, usize)> {
             Task::Ppl => sample.nll,
             Task::Kl => sample.kl,
             Task::Speed => None,
-            _ => sample.score.or(sample.correct.map(|right| right as u8 as f64)),
+            _ => score(sample),
         };
         let (sum, count) = sums.entry(sample.sample).or_default();
         *sum += score.unwrap_or(0.0);
         *count += score.is_some() as usize;
     }
     sums
+}
+
+/// The share of an answer that is right.
+fn score(sample: &Sample) -> Option<f64> {
+    sample.score.or(sample.correct.map(|right| right as u8 as f64))
 }
 
 /// Peaks are the largest, means are means over runs, counts are sums.

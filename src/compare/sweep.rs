@@ -137,6 +137,7 @@ impl Run {
         match task {
             Task::Ppl | Task::Kl => Self::of_prompt(context, scored_tokens(context) - 1), // the last is scored, not fed
             Task::Ask(ask, _) => Self::of_prompt(context, retrieval::decoded(ask, context)),
+            Task::Exam(_) => Self::of_prompt(context, context - (context / 4).min(QUESTION)),
             Task::Speed => Self::of_prompt(context, GENERATED),
             Task::Recall | Task::Chain => Self::of_problems(task, context),
         }
@@ -209,6 +210,9 @@ impl Run {
         Ok(sum / self.steps.len() as f64)
     }
 }
+
+/// Tokens of a benchmark's question, about; the rest of the context is for the answer.
+const QUESTION: usize = 256;
 
 /// Problems of which the middle one stands for all.
 const PROBLEMS: u64 = 15;

@@ -12,7 +12,7 @@ use crate::{
 
 pub(super) fn run(texts: &Excerpts, task: Task, log: &mut Log) -> Result<()> {
     for sample in 0..texts.plan.samples {
-        let contenders = log.lacking(texts, task, sample);
+        let contenders = log.lacking(texts, task, sample, 0);
         if contenders.is_empty() {
             continue;
         }
@@ -200,7 +200,7 @@ mod tests {
         let oracle = Oracle::new(true);
         let contenders = vec![Contender { label: "full".into(), policy: Arc::new(Full {}) }];
         let contests = vec![Contest { context: 256, tasks: vec![Task::Ppl, Task::Kl], contenders }];
-        let plan = Plan { contests, samples: 1, seed: 0, text: None };
+        let plan = Plan { contests, samples: 1, seed: 0, text: None, exams: vec![], sampling: Default::default() };
         let error = run(&oracle, &plan, vec![], &mut Notes::default()).unwrap_err().to_string();
         assert!(error.contains("ppl") && error.contains("--text"), "{error}");
     }
