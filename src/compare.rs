@@ -39,6 +39,7 @@ mod speed;
 mod state;
 mod summary;
 mod sweep;
+mod trace;
 mod turns;
 mod variable_tracking;
 mod word_key;
@@ -46,6 +47,7 @@ mod word_key;
 pub use report::{Host, Metrics, Planned, Report, Row, SCHEMA, Sample, wilson};
 pub use significance::Against;
 pub use sweep::{fit, sweepable};
+pub use trace::{Trace, trace};
 
 use crate::{
     error::{Error, Result},
@@ -89,6 +91,8 @@ pub trait Sequence {
     fn decode(&mut self, token: u32) -> std::result::Result<Vec<f32>, HostError>;
     /// What the cache held so far.
     fn stats(&self) -> Stats;
+    /// Positions that each KV head of a layer holds now, in order.
+    fn held(&self, layer: usize) -> Vec<Vec<u32>>;
 }
 
 impl From<HostError> for Error {

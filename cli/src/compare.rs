@@ -1,5 +1,6 @@
 use crate::{
     model::{ModelArgs, device_name},
+    report,
     results::Results,
     table::{self, read_text},
 };
@@ -63,7 +64,7 @@ pub(crate) struct Args {
     /// memory and output, but no sandbox: they can do what you can.
     #[arg(long)]
     allow_exec: bool,
-    /// A folder for results.json and samples.jsonl.
+    /// A folder for results.json, samples.jsonl, and a report to look at: report.html, report.md and its pictures.
     #[arg(long)]
     out: Option<PathBuf>,
     /// Go on with a run that was stopped, from its folder `--out`.
@@ -137,23 +138,25 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let plan = Plan { contests, samples, seed, text, exams, sampling };
     check(&plan, &hosted, args.model.allow_long)?;
 
-    let mut report = report(&hosted, &plan)?;
+    let mut head = head(&hosted, &plan)?;
     let (results, done) = match &args.out {
         Some(dir) if args.resume => {
-            let (results, done) = Results::resume(dir, &report)?;
+            let (results, done) = Results::resume(dir, &head)?;
             (Some(results), done)
         }
-        Some(dir) => (Some(Results::create(dir, &report)?), vec![]),
+        Some(dir) => (Some(Results::create(dir, &head)?), vec![]),
         None => (None, vec![]),
     };
     let mut progress = Bar::new(results)?;
-    report.rows = compare::run(&hosted, &plan, done, &mut progress)?;
+    head.rows = compare::run(&hosted, &plan, done, &mut progress)?;
     let results = progress.finish();
-    println!("{}", table::comparison(&report.rows, &request.tasks));
+    println!("{}", table::comparison(&head.rows, &request.tasks));
     eprintln!("{} in {:.1} s", hosted.lm.name(), clock.elapsed().as_secs_f64());
     if let (Some(dir), Some(results)) = (&args.out, results) {
-        results.write(&report)?;
-        eprintln!("results.json and samples.jsonl written to {}", dir.display());
+        results.write(&head)?;
+        results.write_traces(&compare::trace(&hosted, &plan)?)?;
+        report::write(dir)?;
+        eprintln!("results and report.html written to {}", dir.display());
     }
     Ok(())
 }
@@ -210,7 +213,7 @@ fn check(plan: &Plan, hosted: &Hosted, allow_long: bool) -> Result<()> {
 }
 
 /// What is known before the first run.
-fn report(hosted: &Hosted, plan: &Plan) -> Result<Report> {
+fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
     Ok(Report {
         schema: SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_string(),

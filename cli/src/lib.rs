@@ -16,6 +16,7 @@ mod model;
 #[cfg(feature = "plot")]
 mod plot;
 mod policies;
+mod report;
 mod results;
 mod retrofit;
 mod table;
@@ -43,6 +44,8 @@ enum Command {
     Compare(compare::Args),
     /// Print the table of one or more results.json as one.
     Table(join::Args),
+    /// Write the report of a comparison anew, from its folder.
+    Report(report::Args),
     /// Train DMS gates into a model, whose weights stay or learn as well.
     Retrofit(retrofit::Args),
     /// Write a model with its gates as a folder of Hugging Face's.
@@ -64,6 +67,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
         Command::Table(args) => join::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Retrofit(args) => retrofit::run(&args),
         Command::Export(args) => export::run(&args),
         Command::TrainDemo(args) => train_demo::run(&args),

@@ -2,10 +2,10 @@
 
 use crate::table::read_text;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use kvpolicy::compare::{Report, SCHEMA, Sample};
+use kvpolicy::compare::{Report, SCHEMA, Sample, Trace};
 use std::{
     fs::{File, OpenOptions},
-    io::{BufWriter, Write},
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -54,16 +54,41 @@ impl Results {
     }
 
     pub(crate) fn write(&self, report: &Report) -> Result<()> {
-        let path = self.dir.join(RESULTS);
-        let file = File::create(&path).with_context(|| path.display().to_string())?;
-        let mut out = BufWriter::new(file);
-        serde_json::to_writer_pretty(&mut out, report).with_context(|| path.display().to_string())?;
-        out.flush().with_context(|| path.display().to_string())
+        write(&self.dir, RESULTS, &serde_json::to_string_pretty(report)?)
+    }
+
+    pub(crate) fn write_traces(&self, traces: &[Trace]) -> Result<()> {
+        let lines = traces.iter().map(|trace| Ok(serde_json::to_string(trace)? + "\n"));
+        write(&self.dir, TRACES, &lines.collect::<Result<String>>()?)
     }
 }
 
-const RESULTS: &str = "results.json";
+/// A file of the folder.
+pub(crate) fn write(dir: &Path, name: &str, text: &str) -> Result<()> {
+    let path = dir.join(name);
+    std::fs::write(&path, text).with_context(|| path.display().to_string())
+}
+
+pub(crate) const RESULTS: &str = "results.json";
 const SAMPLES: &str = "samples.jsonl";
+const TRACES: &str = "trace.jsonl";
+
+/// All samples of a folder.
+pub(crate) fn read_samples(dir: &Path) -> Result<Vec<Sample>> {
+    let path = dir.join(SAMPLES);
+    Ok(whole_runs(&read_text(&path)?).with_context(|| path.display().to_string())?.0)
+}
+
+/// All traces of a folder; none if it has no file of them.
+pub(crate) fn read_traces(dir: &Path) -> Result<Vec<Trace>> {
+    let path = dir.join(TRACES);
+    if !path.exists() {
+        return Ok(vec![]);
+    }
+    let text = read_text(&path)?;
+    let traces = text.lines().map(|line| serde_json::from_str(line).with_context(|| path.display().to_string()));
+    traces.collect()
+}
 
 pub(crate) fn read_report(path: &Path) -> Result<Report> {
     let refuse = || format!("{} is no results.json of schema {SCHEMA}", path.display());

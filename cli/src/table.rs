@@ -21,21 +21,28 @@ pub(crate) fn bytes(n: f64) -> String {
     format!("{:.*} {}", (step > 0) as usize, n / 1024f64.powi(step as i32), units[step])
 }
 
+/// Figures of a comparison in lines, for any kind of table.
+pub(crate) struct Figures {
+    /// Of the columns.
+    pub(crate) header: Vec<String>,
+    /// One per context and policy.
+    pub(crate) lines: Vec<Vec<String>>,
+    /// What the marks in them mean; empty without any.
+    pub(crate) marks: String,
+}
+
 /// One line per context and policy, one column per figure that was measured. Memory is over the policy's tasks: the largest
 /// peak, the mean of means.
-pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Comparison {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN);
+pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Figures {
     let mut header = ["context", "policy", "compression", "KV peak", "KV mean"].map(String::from).to_vec();
     header.extend(tasks.iter().flat_map(|task| columns(*task)));
-    table.set_header(header);
-    let mut lines: Vec<(usize, &str)> = vec![];
+    let mut named: Vec<(usize, &str)> = vec![];
     for row in rows {
-        if !lines.contains(&(row.context, &row.policy)) {
-            lines.push((row.context, &row.policy));
+        if !named.contains(&(row.context, &row.policy)) {
+            named.push((row.context, &row.policy));
         }
     }
-    for (context, policy) in lines {
+    let lines = named.into_iter().map(|(context, policy)| {
         let own: Vec<&Row> = rows.iter().filter(|r| r.context == context && r.policy == policy).collect();
         let mut cells = vec![
             context.to_string(),
@@ -52,32 +59,28 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Comparison {
             }
             cells.extend(figures);
         }
-        table.add_row(cells);
-    }
-    table.column_iter_mut().enumerate().filter(|(i, _)| *i != 1).for_each(|(_, c)| {
-        c.set_cell_alignment(CellAlignment::Right);
+        cells
     });
-    let marks = [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(mark, _)| {
-        let marked = |row: &Row| marks(&row.against).contains(*mark);
-        rows.iter().any(marked)
-    });
-    let marks: Vec<String> = marks.map(|(mark, policy)| format!("{mark} differs from {policy}")).collect();
-    Comparison { table, marks: marks.join(", ") }
+    let is_used = |mark: &str| rows.iter().any(|row| marks(&row.against).contains(mark));
+    let used = [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(mark, _)| is_used(mark));
+    let used: Vec<String> = used.map(|(mark, policy)| format!("{mark} differs from {policy}")).collect();
+    let marks = match used.is_empty() {
+        true => String::new(),
+        false => format!("{} (p < {SURE}, paired samples)", used.join(", ")),
+    };
+    Figures { header, lines: lines.collect(), marks }
 }
 
-/// A table, and what the marks in it mean.
-pub(crate) struct Comparison {
-    table: Table,
-    marks: String, // empty without any
-}
-
-impl fmt::Display for Comparison {
+/// As a table of Markdown, which is also what the terminal shows.
+impl fmt::Display for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.table)?;
-        match self.marks.as_str() {
-            "" => Ok(()),
-            marks => write!(f, "\n{marks} (p < {SURE}, paired samples)"),
-        }
+        let mut table = Table::new();
+        table.load_preset(presets::ASCII_MARKDOWN).set_header(&self.header).add_rows(&self.lines);
+        table.column_iter_mut().enumerate().filter(|(i, _)| *i != 1).for_each(|(_, c)| {
+            c.set_cell_alignment(CellAlignment::Right);
+        });
+        write!(f, "{table}")?;
+        if self.marks.is_empty() { Ok(()) } else { write!(f, "\n\n{}", self.marks) }
     }
 }
 

@@ -5,7 +5,7 @@
 mod tiny;
 
 use candle_core::quantized::GgmlDType;
-use kvpolicy::compare::{Report, Sample};
+use kvpolicy::compare::{Report, Sample, Trace};
 use serde_json::json;
 use std::{
     path::{Path, PathBuf},
@@ -227,6 +227,27 @@ fn a_stopped_run_goes_on_to_the_same_files() {
     succeeded(&compare(&["--out", "b"]));
     assert!(files("a") == files("b"), "the same seed");
 
+    // The report can be made again from the figures.
+    let page = |name: &str| std::fs::read_to_string(dir.path().join("a").join(name)).unwrap();
+    let pages = ["report.html", "report.md", "quality-recall-512.svg"];
+    let made = pages.map(page);
+    assert!(made[0].contains("h2o @4x") && made[1].contains("quality-recall-512.svg"));
+    pages.iter().for_each(|name| std::fs::remove_file(dir.path().join("a").join(name)).unwrap());
+    succeeded(&program(&dir, &["report", "a"]));
+    assert!(made == pages.map(page));
+    let traces = page("trace.jsonl");
+    let traces: Vec<Trace> = traces.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(traces.iter().map(|trace| trace.policy.as_str()).collect::<Vec<_>>(), ["full", "h2o @4x", "dms"]);
+    for trace in &traces {
+        let (heads, last) = (trace.live.iter().map(Vec::len).sum::<usize>(), trace.held.last().unwrap());
+        assert!(trace.seen.is_sorted() && trace.seen.last() == Some(&512) && trace.pieces.len() == 512);
+        assert_eq!(last.iter().sum::<usize>(), trace.live.iter().flatten().sum::<usize>());
+        assert_eq!(last.iter().all(|held| *held == heads), trace.policy == "full");
+        // What is gone does not come back.
+        let fades = |two: &[Vec<usize>]| two[0].iter().zip(&two[1]).all(|(before, after)| before >= after);
+        assert!(trace.held.windows(2).all(fades), "{}", trace.policy);
+    }
+
     // Stopped within a line, between the questions of a run, and before the first.
     let (whole, samples) = files("a");
     let middle = samples.len() / 2;
@@ -253,6 +274,10 @@ fn a_stopped_run_goes_on_to_the_same_files() {
     refused(&["--out", "a", "--resume", "--seed", "9"], &["a is of another plan", "seed was `0` and is `9`"]);
     refused(&["--out", "nowhere", "--resume"], &["nothing to resume", "nowhere"]);
     refused(&["--resume"], &["--out"]);
+    for (folder, words) in [("nowhere", "nowhere"), (".", "results.json")] {
+        let output = program(&dir, &["report", folder]);
+        assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains(words));
+    }
     std::fs::write(dir.path().join("b/samples.jsonl"), samples.replacen("\"task\"", "\"task", 1)).unwrap();
     refused(&["--out", "b", "--resume"], &["samples.jsonl", "line 1 is no sample"]);
     let old = std::fs::read_to_string(dir.path().join("a/results.json")).unwrap();

@@ -80,6 +80,10 @@ impl Sequence for Reader<'_> {
         self.read(&[token])
     }
 
+    fn held(&self, _: usize) -> Vec<Vec<u32>> {
+        vec![(0..self.text.len() as u32).collect()]
+    }
+
     fn stats(&self) -> Stats {
         Stats { mean_dense_entries: 2.0, mean_live_entries: 1.0, ..Stats::default() }
     }
