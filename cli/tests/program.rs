@@ -405,6 +405,50 @@ fn export_writes_a_folder_that_runs() {
     assert!(!bench.path("new").exists());
 }
 
+#[test]
+fn plan_reads_whatever_says_the_shape_of_a_model() {
+    let bench = Bench::new();
+    let config = json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 300, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512,
+        "tie_word_embeddings": true, "eos_token_id": 0,
+    });
+    std::fs::create_dir(bench.path("model")).unwrap();
+    std::fs::write(bench.path("model/config.json"), config.to_string()).unwrap();
+    let plan = |model: &str, more: &[&str]| {
+        let args = ["plan", "--model", model, "--gpu-memory", "80GB", "--context", "400"];
+        program(&bench.dir, &[&args[..], more].concat())
+    };
+    let from_file = succeeded(&plan("model/config.json", &[]));
+    // 2 layers of 2 heads of 16, keys and values, 2 bytes.
+    assert!(from_file.contains("256 B of keys and values a token") && from_file.contains("8x |"), "{from_file}");
+    assert_eq!(from_file.replace("model/config.json:", "model:"), succeeded(&plan("model", &[])));
+    assert!(succeeded(&plan("m.gguf", &["--kv-dtype", "f32"])).contains("of keys and values a token"));
+    let preset = succeeded(&plan("llama-3.1-8b", &["--compression", "4", "--price-per-hour", "2.5"]));
+    assert!(preset.contains("128.0 KiB of keys") && preset.contains("4x |"), "{preset}");
+    assert_eq!(preset.matches("cost of a million tokens").count(), 2);
+    for (model, more, words) in [
+        ("gpt-2", &[][..], &["gpt-2", "llama-3.1-8b"][..]),
+        ("./nowhere", &[], &["nowhere"]),
+        ("qwen3-8b", &["--gpu-memory", "8GB"], &["gpu-memory", "weights"]),
+        ("qwen3-8b", &["--compression", "0.5"], &["compression=0.5"]),
+        ("qwen3-8b", &["--context", "0"], &["context=0"]),
+        ("t.txt", &[], &["t.txt"]),
+    ] {
+        let args: Vec<&str> = ["plan", "--model", model].into_iter().chain(more.iter().copied()).collect();
+        let given = |name: &&str| !more.contains(name);
+        let rest: Vec<&str> = [["--gpu-memory", "80GB"], ["--context", "400"]]
+            .into_iter()
+            .filter(|[name, _]| given(name))
+            .flatten()
+            .collect();
+        let output = program(&bench.dir, &[args, rest].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && !error.contains("panicked"), "{model} {more:?}: {error}");
+        assert!(words.iter().all(|word| error.contains(word)), "{model} {more:?}: {error}");
+    }
+}
+
 /// Problems are made up in bytes; where tokens have more of them, and a template or a text is no help.
 #[test]
 fn recall_and_chain_run_on_any_model() {
