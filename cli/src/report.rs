@@ -118,8 +118,11 @@ fn base(label: &str) -> &str {
     label.split_once(" @").map_or(label, |(name, _)| name)
 }
 
-/// As it is typed into a shell.
+/// As it is typed into a shell, wherever the program lies.
 fn command(args: &[String]) -> String {
+    let name =
+        |program: &String| Path::new(program).file_name().map_or(program.clone(), |n| n.to_string_lossy().into());
+    let args: Vec<String> = args.iter().take(1).map(name).chain(args.iter().skip(1).cloned()).collect();
     let plain = |c: char| c.is_alphanumeric() || "-_=./,:@%+".contains(c);
     let quoted = args.iter().map(|arg| match !arg.is_empty() && arg.chars().all(plain) {
         true => arg.clone(),
@@ -240,7 +243,7 @@ mod tests {
 
     #[test]
     fn a_command_is_quoted_for_a_shell() {
-        let args = ["kvpolicy", "--policies", "full;h2o", "--text", "it's", ""].map(String::from);
+        let args = ["/opt/bin/kvpolicy", "--policies", "full;h2o", "--text", "it's", ""].map(String::from);
         assert_eq!(command(&args), "kvpolicy --policies 'full;h2o' --text 'it'\\''s' ''");
     }
 }

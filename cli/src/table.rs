@@ -117,7 +117,8 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
     let number = |x: Option<f64>, digits: usize| x.map_or("-".to_string(), |x| format!("{x:.digits$}"));
     match task {
         Task::Ppl => vec![number(metrics.ppl, 3)],
-        Task::Kl => vec![number(metrics.kl, 4)],
+        // Rounding makes it less than 0 where nothing differs.
+        Task::Kl => vec![number(metrics.kl.map(|kl| kl.max(0.0)), 4)],
         Task::Speed => vec![number(metrics.prefill_tokens_per_s, 1), number(metrics.decode_tokens_per_s, 1)],
         Task::Ask(..) | Task::Recall | Task::Chain | Task::Exam(_) => vec![score(metrics)],
     }

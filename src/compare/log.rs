@@ -63,3 +63,66 @@ impl<'a> Log<'a> {
         self.samples
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use crate::{
+        compare::{
+            Ask, Contender, Contest, Plan, Progress, Sample, Setting, Task,
+            oracle::{Notes, Oracle},
+            run,
+        },
+        error::Result,
+        policies::Full,
+    };
+    use std::sync::Arc;
+
+    /// Counts what lies ahead, too.
+    #[derive(Default)]
+    struct Told {
+        units: u64,
+        begun: u64,
+        notes: Notes,
+    }
+
+    impl Progress for Told {
+        fn start(&mut self, units: u64) {
+            self.units = units;
+        }
+
+        fn unit(&mut self, _: &str) {
+            self.begun += 1;
+        }
+
+        fn sample(&mut self, sample: &Sample) -> Result<()> {
+            self.notes.sample(sample)
+        }
+    }
+
+    #[test]
+    fn what_is_done_is_not_measured_again_and_counts() {
+        let contenders = ["a", "b"].map(|label| Contender { label: label.into(), policy: Arc::new(Full {}) });
+        let tasks = [Task::Ask(Ask::WordKey, Setting::Before), Task::Recall, Task::Speed];
+        let contest = |task| Contest { context: 512, tasks: vec![task], contenders: contenders.to_vec() };
+        let contests = tasks.map(contest).to_vec();
+        let plan = Plan { contests, samples: 3, seed: 7, text: None, exams: vec![], sampling: Default::default() };
+        let measure = |done: Vec<Sample>| {
+            let mut told = Told::default();
+            let rows = run(&Oracle::new(true), &plan, done, &mut told).unwrap();
+            (rows, told)
+        };
+        let (rows, all) = measure(vec![]);
+        assert_eq!((all.units, all.begun), (18, 18));
+        let ends: Vec<usize> =
+            all.notes.0.iter().enumerate().filter(|(_, s)| s.kv.is_some()).map(|(i, _)| i + 1).collect();
+        assert_eq!(ends.len(), 18, "a run has one line with its cache");
+        for (runs, &lines) in ends.iter().enumerate() {
+            let (again, told) = measure(all.notes.0[..lines].to_vec());
+            assert_eq!((told.units, told.begun), (17 - runs as u64, 17 - runs as u64));
+            assert_eq!(told.notes.0.len(), all.notes.0.len() - lines);
+            let figures = |row: &crate::compare::Row| (row.metrics.correct, row.samples, row.kv, row.against.clone());
+            assert!(again.iter().zip(&rows).all(|(a, b)| figures(a) == figures(b)));
+        }
+    }
+}

@@ -181,7 +181,7 @@ pub struct Metrics {
     /// Mean share that is right, of a task that gives part of the mark.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
-    /// Its 95% interval, by a bootstrap over samples.
+    /// Its 95% interval: Wilson's, with samples for questions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score_interval: Option<[f64; 2]>,
     /// Median.
@@ -208,11 +208,17 @@ impl Metrics {
 /// Wilson's 95% interval of a share, from its least to its most within 0 to 1, as if the questions were independent; `None`
 /// for no questions, or more right answers than those.
 pub fn wilson(correct: u64, questions: u64) -> Option<[f64; 2]> {
+    wilson_of_share(correct as f64 / questions as f64, questions)
+}
+
+/// The same for a mean of figures from 0 to 1, one a sample: these vary no more than answers that are right or wrong, so that it
+/// is rather too wide.
+pub(super) fn wilson_of_share(share: f64, samples: u64) -> Option<[f64; 2]> {
     const Z: f64 = 1.959_963_984_540_054; // 97.5% of the standard normal distribution lie below
-    if questions == 0 || correct > questions {
+    if samples == 0 || !(0.0..=1.0).contains(&share) {
         return None;
     }
-    let (n, share) = (questions as f64, correct as f64 / questions as f64);
+    let n = samples as f64;
     let centre = share + Z * Z / (2.0 * n);
     let reach = Z * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt();
     let bound = |x: f64| (x / (1.0 + Z * Z / n)).clamp(0.0, 1.0);
@@ -309,5 +315,6 @@ mod tests {
             assert!(found.is_some_and(near), "{correct}/{questions}: {found:?}");
         }
         assert_eq!((wilson(0, 0), wilson(3, 2)), (None, None));
+        assert_eq!((wilson_of_share(0.25, 8), wilson_of_share(f64::NAN, 8)), (wilson(2, 8), None));
     }
 }

@@ -44,21 +44,16 @@ pub fn paired(pairs: &[Pair], seed: u64) -> Option<(f64, [f64; 2], f64)> {
     }
     let difference = pairs.iter().map(|pair| pair.a - pair.b).sum::<f64>() / scores;
     let mut rng = StdRng::seed_from_u64(seed);
-    let interval = interval(pairs, &mut rng, |pair| pair.a - pair.b);
+    let interval = interval(pairs, &mut rng);
     Some((difference, interval, p_value(pairs, &mut rng)))
 }
 
-/// 95% interval of the mean score, by resampling samples; `None` for fewer than two samples.
-pub fn mean_interval(samples: &[Pair], seed: u64) -> Option<[f64; 2]> {
-    (samples.len() > 1).then(|| interval(samples, &mut StdRng::seed_from_u64(seed), |sample| sample.a))
-}
-
-/// The middle 95% of the figure over resampled pairs.
-fn interval(pairs: &[Pair], rng: &mut StdRng, value: impl Fn(&Pair) -> f64) -> [f64; 2] {
+/// The middle 95% of the difference over resampled pairs.
+fn interval(pairs: &[Pair], rng: &mut StdRng) -> [f64; 2] {
     let mut figures: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
             let drawn = pairs.iter().map(|_| &pairs[rng.random_range(0..pairs.len())]);
-            let (sum, count) = drawn.fold((0.0, 0.0), |(sum, count), pair| (sum + value(pair), count + pair.count));
+            let (sum, count) = drawn.fold((0.0, 0.0), |(sum, count), pair| (sum + pair.a - pair.b, count + pair.count));
             sum / count
         })
         .collect();
@@ -176,6 +171,5 @@ mod tests {
         let many = super::tests::pairs(&mut rng, 50, 0.05);
         assert_eq!(paired(&many, 6), paired(&many, 6));
         assert_ne!(paired(&many, 6), paired(&many, 7));
-        assert_eq!(mean_interval(&pairs, 1), Some([0.0, 1.0]));
     }
 }
