@@ -251,6 +251,12 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_to_a_benchmark_fills_its_budget() {
+        let steps = |context| Run::of(Task::Exam(crate::compare::benchmark::Benchmark::Aime), context).steps.len();
+        assert_eq!((steps(16_384), steps(400)), (16_384 - 256 + 1, 301));
+    }
+
+    #[test]
     fn a_budget_is_found_for_every_task() {
         let (registry, spec) = (Registry::standard(), ModelSpec::new(2, 8, 4, 32));
         let asks =

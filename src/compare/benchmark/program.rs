@@ -301,7 +301,7 @@ mod tests {
             "raise ValueError",
             "while True: pass",
             "import time; time.sleep(60)",
-            "x = 'x' * (3 << 30)",
+            "import mmap; mmap.mmap(-1, 3 << 30)", // not touched, so that it takes no time
             "import sys; sys.exit(3)",
             "import os; os.abort()",
             "open('big', 'wb').write(b'x' * (100 << 20))",
@@ -366,6 +366,12 @@ mod tests {
         assert!(call.pass("```python\ndef total(a, b):\n    return sum(a) + b\n```", SHORT).unwrap());
         assert!(!call.pass("```python\ndef total(a, b):\n    return sum(a)\n```", SHORT).unwrap());
         let evil = Tests::Cases { function: None, cases: vec![], packed: "bm8=".into() };
+        assert!(evil.pass("print(1)", SHORT).is_err());
+        // A pickle that would run code while it is read.
+        let pack = "import base64, pickle, zlib\nclass Evil:\n    def __reduce__(self):\n        return (eval, (\"'[]'\",))\n\
+                    print(base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode())";
+        let packed = python(pack, "", SHORT).unwrap().unwrap();
+        let evil = Tests::Cases { function: None, cases: vec![], packed };
         assert!(evil.pass("print(1)", SHORT).is_err());
     }
 }
