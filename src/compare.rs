@@ -356,6 +356,8 @@ fn check(plan: &Plan) -> Result<()> {
         return refuse("samples=0: at least one");
     }
     plan.sampling.check()?;
+    let tasks: Vec<Task> = plan.contests.iter().flat_map(|contest| contest.tasks.clone()).collect();
+    benchmark::check_exams(&tasks, &plan.exams, &plan.sampling)?;
     let empty = plan.contests.is_empty() || plan.contests.iter().any(|contest| contest.contenders.is_empty());
     if empty {
         return refuse("nothing to compare: name policies, tasks and contexts");

@@ -10,7 +10,7 @@ use kvpolicy::{
     Registry,
     compare::{
         self, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task,
-        benchmark::{Benchmark, Exam, Sampling},
+        benchmark::{Benchmark, Exam, Sampling, check_exams},
     },
 };
 use kvpolicy_candle::Hosted;
@@ -55,14 +55,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TASK=PATH")]
     file: Vec<String>,
     /// Answers to each question of a benchmark; its figure is their mean (pass@1).
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, requires = "file", default_value_t = 1)]
     repeats: usize,
     /// What answers to benchmarks are drawn at; 0 takes the most likely token.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, requires = "file", default_value_t = 0.0)]
     temperature: f64,
     /// Run the Python programs that the model writes for humaneval and livecodebench. They get a process with limits on time,
     /// memory and output, but no sandbox: they can do what you can.
-    #[arg(long)]
+    #[arg(long, requires = "file")]
     allow_exec: bool,
     /// A folder for results.json, samples.jsonl, and a report to look at: report.html, report.md and its pictures.
     #[arg(long)]
@@ -127,6 +127,8 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let text = args.text.as_deref().map(read_text).transpose()?;
     compare::check_text(&request.tasks, text.as_deref())?;
     let exams = args.file.iter().map(|file| exam(file, args)).collect::<Result<Vec<_>>>()?;
+    let sampling = Sampling { repeats: args.repeats, temperature: args.temperature, allow_exec: args.allow_exec };
+    check_exams(&request.tasks, &exams, &sampling)?;
     let mut hosted = args.model.load()?;
     // Text that is cut and put together again may make a few tokens more.
     args.model.reach(&mut hosted, args.context.iter().max().unwrap_or(&0).saturating_add(1024));
@@ -134,7 +136,6 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let cells = args.context.iter().flat_map(|&context| groups.iter().map(move |tasks| (context, tasks.clone())));
     let contests = cells.map(|(context, tasks)| contest(&request, registry, &hosted, context, tasks));
     let (contests, samples, seed) = (contests.collect::<Result<_>>()?, request.samples, args.seed);
-    let sampling = Sampling { repeats: args.repeats, temperature: args.temperature, allow_exec: args.allow_exec };
     let plan = Plan { contests, samples, seed, text, exams, sampling };
     check(&plan, &hosted, args.model.allow_long)?;
 

@@ -318,6 +318,8 @@ fn benchmarks_are_asked_from_files() {
     assert_eq!(read(&bench.path("out/results.json")).rows[0].samples, 1);
 
     ask(&["--tasks", "gsm8k"], &["gsm8k", "--file gsm8k="]);
+    ask(&["--tasks", "recall", "--file", "gsm8k=school.jsonl"], &["gsm8k", "not among the tasks"]);
+    ask(&["--tasks", "recall", "--repeats", "2"], &["--file"]);
     ask(&["--tasks", "gsm8k", "--file", "school.jsonl"], &["school.jsonl", "TASK=PATH"]);
     ask(&["--tasks", "gsm8k", "--file", "poetry=school.jsonl"], &["poetry", "math-500"]);
     ask(&["--tasks", "gsm8k", "--file", "gsm8k=code.jsonl"], &["code.jsonl", "line 1 of gsm8k", "question"]);

@@ -161,21 +161,34 @@ impl Sampling {
     }
 }
 
-/// The exam of a task.
+/// Whether the tasks have their files, and may do what they have to.
 ///
 /// # Errors
-/// [`Error::Config`] where it was not given, or would run programs and may not.
-pub(super) fn exam<'a>(texts: &Excerpts<'a>, benchmark: Benchmark) -> Result<&'a Exam> {
-    let plan = texts.plan;
-    if benchmark.is_code() && !plan.sampling.allow_exec {
-        return Err(Error::Config(format!(
-            "the task {benchmark} runs Python programs that the model wrote, with the rights of the user: allow it by --allow-exec"
-        )));
+/// [`Error::Config`] for a benchmark without a file or a file without a task, and for programs that may not be run.
+pub fn check_exams(tasks: &[Task], exams: &[Exam], sampling: &Sampling) -> Result<()> {
+    let refuse = |what: String| Err(Error::Config(what));
+    for task in tasks {
+        let Task::Exam(benchmark) = task else { continue };
+        if benchmark.is_code() && !sampling.allow_exec {
+            return refuse(format!(
+                "the task {benchmark} runs Python programs that the model wrote, with the rights of the user: allow it by \
+                 --allow-exec"
+            ));
+        }
+        if !exams.iter().any(|exam| exam.benchmark == *benchmark) {
+            return refuse(format!("the task {benchmark} needs its questions: --file {benchmark}=FILE.jsonl"));
+        }
     }
-    let exam = plan.exams.iter().find(|exam| exam.benchmark == benchmark);
-    exam.ok_or_else(|| {
-        Error::Config(format!("the task {benchmark} needs its questions: --file {benchmark}=FILE.jsonl"))
-    })
+    match exams.iter().find(|exam| !tasks.contains(&Task::Exam(exam.benchmark))) {
+        Some(Exam { benchmark, .. }) => refuse(format!("a file of {benchmark} is given, which is not among the tasks")),
+        None => Ok(()),
+    }
+}
+
+/// The exam of a task.
+pub(super) fn exam<'a>(texts: &Excerpts<'a>, benchmark: Benchmark) -> Result<&'a Exam> {
+    let exam = texts.plan.exams.iter().find(|exam| exam.benchmark == benchmark);
+    exam.ok_or_else(|| Error::Config(format!("the task {benchmark} has no questions")))
 }
 
 /// Prompts of an exam, in tokens.

@@ -77,7 +77,8 @@ fn numbers(text: &str) -> impl DoubleEndedIterator<Item = f64> {
     let digit = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_digit);
     let (mut found, mut at) = (vec![], 0);
     while at < bytes.len() {
-        if !digit(at) && !(bytes[at] == b'.' && digit(at + 1)) {
+        let begins = digit(at) || (bytes[at] == b'.' && digit(at + 1));
+        if !begins {
             at += 1;
             continue;
         }

@@ -192,7 +192,7 @@ fn nested<T: serde::de::DeserializeOwned>(value: &Value) -> std::result::Result<
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
     use serde_json::json;
