@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `ppl` | perplexity of the last tokens of a text, generated one by one with the policy active |
 //! | `kl` | KL divergence from `full` at the same tokens, in nats per token |
+//! | `token-match` | the share of these tokens at which the most likely next one is that of `full` |
 //! | `needle` | a number hidden in text; the policy compresses the text before it sees the question |
 //! | `needle-multikey` | the same with four numbers, each with a key of its own, one of which is asked for |
 //! | `needle-multivalue` | four numbers under one key, all asked for |
@@ -21,7 +22,7 @@
 //! | `speed` | tokens per second of prefill and decode |
 //!
 //! From `needle` to `state` each has a second setting, `needle-aware` and so on: the question is part of the prompt that is
-//! compressed. All but `ppl`, `kl`, the needles and the benchmarks make up their own text.
+//! compressed. All but `ppl`, `kl`, `token-match`, the needles and the benchmarks make up their own text.
 
 pub mod benchmark;
 mod common_words;
@@ -108,6 +109,8 @@ pub enum Task {
     Ppl,
     /// KL divergence from `full`.
     Kl,
+    /// Tokens that `full` would have chosen as well.
+    TokenMatch,
     /// A question about what was read.
     Ask(Ask, Setting),
     /// Retrieval of several facts in turns, compressed before the questions are known.
@@ -163,6 +166,7 @@ impl fmt::Display for Task {
         match self {
             Self::Ppl => f.write_str("ppl"),
             Self::Kl => f.write_str("kl"),
+            Self::TokenMatch => f.write_str("token-match"),
             Self::Ask(ask, Setting::Before) => write!(f, "{ask}"),
             Self::Ask(ask, Setting::Aware) => write!(f, "{ask}{AWARE}"),
             Self::Recall => f.write_str("recall"),
@@ -175,7 +179,7 @@ impl fmt::Display for Task {
 
 impl Task {
     fn read(name: &str) -> Option<Self> {
-        if let Some(task) = [Self::Ppl, Self::Kl, Self::Recall, Self::Chain, Self::Speed]
+        if let Some(task) = [Self::Ppl, Self::Kl, Self::TokenMatch, Self::Recall, Self::Chain, Self::Speed]
             .into_iter()
             .find(|task| task.to_string() == name)
         {
@@ -200,7 +204,7 @@ impl Task {
         let unknown = |name: &str| {
             let (count, exams) = (asks.split(',').count(), Benchmark::names());
             format!(
-                "unknown task `{name}` (known: ppl, kl, {asks}, the last {count} also with {AWARE}; recall, chain, {exams}, speed)"
+                "unknown task `{name}` (known: ppl, kl, token-match, {asks}, the last {count} also with {AWARE}; recall, chain, {exams}, speed)"
             )
         };
         let read = |name| Self::read(name).ok_or_else(|| Error::Config(unknown(name)));
@@ -212,13 +216,18 @@ impl Task {
 
     /// The task that its samples are written down as: tasks that share their runs share these.
     fn sampled_as(self) -> Self {
-        if self == Self::Kl { Self::Ppl } else { self }
+        if self.is_likelihood() { Self::Ppl } else { self }
+    }
+
+    /// Whether it scores the tokens of a text.
+    fn is_likelihood(self) -> bool {
+        matches!(self, Self::Ppl | Self::Kl | Self::TokenMatch)
     }
 
     /// Whether its prompts are cut from a text that somebody gives.
     pub fn cuts_text(self) -> bool {
         match self {
-            Self::Ppl | Self::Kl => true,
+            Self::Ppl | Self::Kl | Self::TokenMatch => true,
             Self::Ask(ask, _) => ask.is_needle(),
             Self::Recall | Self::Chain | Self::Exam(_) | Self::Speed => false,
         }
@@ -329,7 +338,7 @@ pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut
     for contest in &plan.contests {
         let texts = Excerpts { subject, plan, contest };
         match contest.tasks.first() {
-            Some(Task::Ppl | Task::Kl) => likelihood::run(&texts, &mut log)?,
+            Some(Task::Ppl | Task::Kl | Task::TokenMatch) => likelihood::run(&texts, &mut log)?,
             Some(Task::Ask(ask, setting)) => retrieval::run(&texts, *ask, *setting, &mut log)?,
             Some(task @ (Task::Recall | Task::Chain)) => turns::run(&texts, *task, &mut log)?,
             Some(Task::Exam(benchmark)) => benchmark::run(&texts, *benchmark, &mut log)?,
@@ -391,7 +400,7 @@ const MIN_CONTEXT: usize = 128;
 
 /// The tasks in groups that share their runs.
 pub fn task_groups(tasks: &[Task]) -> Vec<Vec<Task>> {
-    let (likelihood, others): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|t| matches!(t, Task::Ppl | Task::Kl));
+    let (likelihood, others): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|task| task.is_likelihood());
     let groups = std::iter::once(likelihood).chain(others.into_iter().map(|task| vec![task]));
     groups.filter(|group| !group.is_empty()).collect()
 }

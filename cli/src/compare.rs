@@ -27,7 +27,7 @@ pub(crate) struct Args {
     /// Policies, separated by `;`. `full` is the measure of the others. [default: some well-known ones]
     #[arg(long)]
     policies: Option<String>,
-    /// What to measure: ppl, kl, needle, needle-multikey, needle-multivalue, needle-multiquery, word-key, variable-tracking,
+    /// What to measure: ppl, kl, token-match, needle, needle-multikey, needle-multivalue, needle-multiquery, word-key, variable-tracking,
     /// common-words, state, recall, chain, speed, and the benchmarks of --file. From needle to state the policy compresses before it sees the question; with
     /// -aware behind the name, after [default: ppl,kl,needle,speed; without --model recall].
     #[arg(long)]
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     /// Chooses texts, numbers and depths.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The text that prompts of ppl, kl and needles are cut from, UTF-8; the other tasks make up their own, and so does speed
+    /// The text that prompts of ppl, kl, token-match and needles are cut from, UTF-8; the other tasks make up their own, and so does speed
     /// where there is none.
     #[arg(long)]
     text: Option<PathBuf>,

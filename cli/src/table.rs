@@ -63,7 +63,7 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Figures {
     });
     let is_used = |mark: &str| rows.iter().any(|row| marks(&row.against).contains(mark));
     let used = [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(mark, _)| is_used(mark));
-    let used: Vec<String> = used.map(|(mark, policy)| format!("{mark} differs from {policy}")).collect();
+    let used: Vec<String> = used.map(|(mark, policy)| format!("`{mark}` differs from {policy}")).collect();
     let marks = match used.is_empty() {
         true => String::new(),
         false => format!("{} (p < {SURE}, paired samples)", used.join(", ")),
@@ -119,6 +119,7 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
         Task::Ppl => vec![number(metrics.ppl, 3)],
         // Rounding makes it less than 0 where nothing differs.
         Task::Kl => vec![number(metrics.kl.map(|kl| kl.max(0.0)), 4)],
+        Task::TokenMatch => vec![metrics.token_match.map_or("-".to_string(), |share| format!("{:.1}%", 100.0 * share))],
         Task::Speed => vec![number(metrics.prefill_tokens_per_s, 1), number(metrics.decode_tokens_per_s, 1)],
         Task::Ask(..) | Task::Recall | Task::Chain | Task::Exam(_) => vec![score(metrics)],
     }
@@ -146,6 +147,13 @@ mod tests {
             |(correct, questions)| Metrics { correct: Some(correct), questions: Some(questions), ..Metrics::default() };
         let printed = [(87, 100), (0, 2), (2, 2), (0, 0)].map(|counts| score(&counted(counts)));
         assert_eq!(printed, ["87/100 (79-92%)", "0/2 (0-66%)", "2/2 (34-100%)", "0/0"]);
+        let line = |task, metrics: &Metrics| figures(task, metrics).remove(0);
+        let likelihood = Metrics { kl: Some(-1e-9), token_match: Some(0.9375), ..Metrics::default() };
+        assert_eq!(
+            (line(Task::Kl, &likelihood), line(Task::TokenMatch, &likelihood)),
+            ("0.0000".into(), "93.8%".into())
+        );
+        assert_eq!(line(Task::TokenMatch, &Metrics::default()), "-");
         let parts = Metrics { score: Some(0.755), score_interval: Some([0.6, 0.85]), ..counted((2, 4)) };
         assert_eq!((score(&parts), score(&Metrics::default())), ("76% (60-85%)".into(), "-".into()));
     }

@@ -1,6 +1,6 @@
-//! Perplexity and KL divergence with the policy active.
+//! Perplexity, KL divergence and matching tokens with the policy active.
 
-use super::{Excerpts, Log, Sample, Sequence, Task, log_softmax};
+use super::{Excerpts, Log, Sample, Sequence, Task, argmax, log_softmax};
 use crate::{error::Result, policies::Full, policy::Policy};
 use std::sync::Arc;
 
@@ -12,31 +12,36 @@ pub(super) fn scored_tokens(context: usize) -> usize {
 }
 
 pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
-    let wants_kl = texts.contest.tasks.contains(&Task::Kl);
+    let is_measured = |task: &Task| matches!(task, Task::Kl | Task::TokenMatch);
+    let wants_full = texts.contest.tasks.iter().any(is_measured);
     for sample in 0..texts.plan.samples {
         let contenders = log.lacking(texts, Task::Ppl, sample, 0);
         if contenders.is_empty() {
             continue;
         }
         let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), texts.context())?;
-        let mut reference = vec![];
-        if wants_kl {
+        let mut reference: Vec<Reference> = vec![];
+        if wants_full {
             let full: Arc<dyn Policy> = Arc::new(Full {});
             let mut sequence = texts.subject.open(&full)?;
-            walk(&mut *sequence, &tokens, |logits, _| reference.push(narrow(&log_softmax(logits))))?;
+            walk(&mut *sequence, &tokens, |logits, _| reference.push(Reference::new(logits)))?;
         }
         for contender in contenders {
             log.unit(texts, Task::Ppl, contender);
             let mut sequence = texts.subject.open(&contender.policy)?;
-            let (mut nll, mut divergence) = (vec![], vec![]);
+            let (mut nll, mut divergence, mut same) = (vec![], vec![], vec![]);
             walk(&mut *sequence, &tokens, |logits, next| {
                 let log_p = log_softmax(logits);
-                divergence.extend(reference.get(nll.len()).map(|full| kl(full, &log_p)));
+                if let Some(full) = reference.get(nll.len()) {
+                    divergence.push(kl(&full.log_p, &log_p));
+                    same.push((full.top == argmax(logits)) as u8 as f64);
+                }
                 nll.push(-log_p[next as usize]);
             })?;
             log.add(Sample {
                 nll: Some(mean(&nll)),
-                kl: wants_kl.then(|| mean(&divergence)),
+                kl: wants_full.then(|| mean(&divergence)),
+                token_match: wants_full.then(|| mean(&same)),
                 kl_by_token: narrow(&divergence),
                 prompt: excerpt.clone(),
                 kv: Some(sequence.stats()),
@@ -45,6 +50,18 @@ pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What `full` makes of a place.
+struct Reference {
+    log_p: Vec<f32>, // half the memory of f64: there is one for each scored token and vocabulary entry
+    top: u32,
+}
+
+impl Reference {
+    fn new(logits: &[f32]) -> Self {
+        Self { log_p: narrow(&log_softmax(logits)), top: argmax(logits) }
+    }
 }
 
 fn mean(figures: &[f64]) -> f64 {
@@ -64,7 +81,6 @@ fn walk(sequence: &mut dyn Sequence, tokens: &[u32], mut score: impl FnMut(&[f32
     Ok(())
 }
 
-/// Half the memory: one number for each scored token and vocabulary entry is kept.
 fn narrow(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&x| x as f32).collect()
 }
@@ -72,4 +88,20 @@ fn narrow(x: &[f64]) -> Vec<f32> {
 /// KL(p || q) in nats, of log-probabilities.
 fn kl(log_p: &[f32], log_q: &[f64]) -> f64 {
     log_p.iter().zip(log_q).map(|(&p, q)| (p as f64).exp() * (p as f64 - q)).sum()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_is_that_of_the_distributions() {
+        let full = Reference::new(&[0.0, 2f32.ln(), 0.0]); // 1/4, 1/2, 1/4
+        assert_eq!(full.top, 1);
+        assert!(kl(&full.log_p, &log_softmax(&[5.0, 5.0 + 2f32.ln(), 5.0])).abs() < 1e-6, "the same");
+        let uniform = kl(&full.log_p, &log_softmax(&[1.0, 1.0, 1.0]));
+        assert!((uniform - (0.5 * 0.75f64.ln() + 0.5 * 1.5f64.ln())).abs() < 1e-6, "{uniform}");
+        assert_eq!(mean(&[1.0, 2.0, 6.0]), 3.0);
+    }
 }

@@ -166,6 +166,9 @@ pub struct Metrics {
     /// KL(full || policy), nats per token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kl: Option<f64>,
+    /// Share of tokens before which the most likely token is that of `full`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_match: Option<f64>,
     /// Right answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub correct: Option<u64>,
@@ -263,7 +266,10 @@ pub struct Sample {
     /// KL(full || policy), nats per token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kl: Option<f64>,
-    /// The same at each scored token, the last of which is the last of the context.
+    /// Share of scored tokens before which the most likely token is that of `full`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_match: Option<f64>,
+    /// KL at each scored token, the last of which is the last of the context.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub kl_by_token: Vec<f32>,
     /// Of this repetition.

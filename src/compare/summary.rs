@@ -61,6 +61,7 @@ fn metrics(task: Task, own: &[&Sample]) -> Metrics {
     match task {
         Task::Ppl => Metrics { ppl: Some(mean(|s| s.nll).exp()), ..Metrics::default() },
         Task::Kl => Metrics { kl: Some(mean(|s| s.kl)), ..Metrics::default() },
+        Task::TokenMatch => Metrics { token_match: Some(mean(|s| s.token_match)), ..Metrics::default() },
         Task::Speed => Metrics {
             prefill_tokens_per_s: middle(|s| s.prefill_tokens_per_s),
             decode_tokens_per_s: middle(|s| s.decode_tokens_per_s),
@@ -99,6 +100,7 @@ fn by_sample(task: Task, own: &[&Sample]) -> BTreeMap<usize, (f64, usize)> {
         let score = match task {
             Task::Ppl => sample.nll,
             Task::Kl => sample.kl,
+            Task::TokenMatch => sample.token_match,
             Task::Speed => None,
             _ => score(sample),
         };

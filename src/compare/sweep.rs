@@ -135,7 +135,7 @@ impl Step {
 impl Run {
     fn of(task: Task, context: usize) -> Self {
         match task {
-            Task::Ppl | Task::Kl => Self::of_prompt(context, scored_tokens(context) - 1), // the last is scored, not fed
+            Task::Ppl | Task::Kl | Task::TokenMatch => Self::of_prompt(context, scored_tokens(context) - 1), // the last is scored, not fed
             Task::Ask(ask, _) => Self::of_prompt(context, retrieval::decoded(ask, context)),
             Task::Exam(_) => Self::of_prompt(context, context - (context / 4).min(QUESTION)),
             Task::Speed => Self::of_prompt(context, GENERATED),

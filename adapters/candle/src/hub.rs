@@ -45,8 +45,7 @@ pub(crate) fn fetch(id: &str) -> Result<PathBuf> {
 /// # Errors
 /// As [`fetch`].
 pub(crate) fn fetch_config(id: &str) -> Result<PathBuf> {
-    let (hub, parsed) = (Hub::of_environment(id)?, Id::parse(id)?);
-    hub.model(id, &parsed).need("config.json")
+    Hub::of_environment(id)?.fetch_config(id)
 }
 
 /// Whether a text has the form of an id.
@@ -79,6 +78,10 @@ impl Hub {
     fn model<'a>(&'a self, id: &'a str, parsed: &Id) -> Model<'a> {
         let repo = Repo::with_revision(parsed.repo.to_owned(), RepoType::Model, parsed.revision.to_owned());
         Model { id, hub: self, repo, remote: None }
+    }
+
+    fn fetch_config(&self, id: &str) -> Result<PathBuf> {
+        self.model(id, &Id::parse(id)?).need("config.json")
     }
 
     fn fetch(&self, id: &str) -> Result<PathBuf> {
@@ -449,6 +452,18 @@ mod tests {
         let file = hub(folder.path(), &server.endpoint).fetch("org/name/sub/q4.gguf").unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "GGUF");
         assert_eq!(offline.fetch("org/name/sub/q4.gguf").unwrap(), file);
+    }
+
+    #[test]
+    fn a_configuration_is_fetched_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::start(&[("org/name/resolve/main/config.json", "{\"a\":1}")]);
+        let config = hub(folder.path(), &server.endpoint).fetch_config("org/name").unwrap();
+        assert_eq!(std::fs::read_to_string(&config).unwrap(), "{\"a\":1}");
+        assert!(server.asked.lock().unwrap().iter().all(|path| path.contains("config.json")));
+        let offline = Hub { offline: true, ..hub(folder.path(), &server.endpoint) };
+        assert_eq!(offline.fetch_config("org/name").unwrap(), config);
+        assert!(offline.fetch_config("org/other").unwrap_err().to_string().contains("config.json"));
     }
 
     #[test]

@@ -25,7 +25,11 @@ pub(super) fn page(findings: &Findings) -> String {
     let mut sections = vec![
         format!("<h1>{}: policies compared</h1><p>{lead}</p>", escape(&report.model)),
         format!("{}<div class=\"charts\">{}</div>", legend(findings), charts.join("")),
-        format!("<h2>Figures</h2>{}<p>{}</p>", table(&figures.header, &figures.lines), escape(&figures.marks)),
+        format!(
+            "<h2>Figures</h2>{}<p>{}</p>",
+            table(&figures.header, &figures.lines),
+            escape(&figures.marks.replace('`', ""))
+        ),
     ];
     if !findings.traces.is_empty() {
         sections.push(kept(&findings.traces));

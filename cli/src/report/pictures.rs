@@ -50,6 +50,7 @@ fn figure(task: Task, row: &Row) -> Option<(f64, Option<[f64; 2]>, Unit, bool)> 
     match task {
         Task::Ppl => m.ppl.map(|ppl| (ppl, None, Unit::Number, true)),
         Task::Kl => m.kl.map(|kl| (kl, None, Unit::Number, true)),
+        Task::TokenMatch => m.token_match.map(|share| (share, None, Unit::Percent, false)),
         Task::Speed => None,
         _ if m.score.is_some() => m.score.map(|score| (score, m.score_interval, Unit::Percent, false)),
         _ => m.accuracy.map(|accuracy| (accuracy, m.accuracy_interval, Unit::Percent, false)),
@@ -72,6 +73,7 @@ fn quality(rows: &[Row], task: Task, context: usize, policies: &[String]) -> Opt
     let name = match task {
         Task::Ppl => "perplexity".to_string(),
         Task::Kl => "KL from full, nats per token".to_string(),
+        Task::TokenMatch => "tokens as full would choose".to_string(),
         task => format!("{task}, right answers"),
     };
     let frontier = frontier(series.iter().flat_map(|s| &s.points).map(|p| (p.x, p.y)), less_is_better);
