@@ -70,9 +70,12 @@ fn letter(text: &str) -> Option<char> {
     rest.chars().nth(1).is_none_or(ends).then_some(first)
 }
 
+/// The sign that typesetting has for a hyphen before a number.
+const MINUS: char = '\u{2212}';
+
 /// Numbers in a text, thousands separated by commas or not.
 fn numbers(text: &str) -> impl DoubleEndedIterator<Item = f64> {
-    let text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "");
+    let text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace(MINUS, "-");
     let bytes = text.as_bytes();
     let digit = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_digit);
     let (mut found, mut at) = (vec![], 0);
@@ -123,7 +126,7 @@ pub fn same_math(answer: &str, known: &str) -> bool {
 
 /// A LaTeX expression without what can be written in several ways.
 fn normal(text: &str) -> String {
-    let mut text = text.trim().trim_end_matches('.').to_string();
+    let mut text = text.trim().trim_end_matches('.').replace(MINUS, "-");
     for (open, close) in [("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")] {
         if let Some(inner) = text.strip_prefix(open).and_then(|text| text.strip_suffix(close)) {
             text = inner.trim().to_string();
@@ -307,6 +310,22 @@ fn parts(text: &str) -> (Option<char>, Vec<&str>, Option<char>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// What a model says may be anything.
+        #[test]
+        fn whatever_is_said_is_read(parts in proptest::collection::vec(proptest::sample::select(vec![
+            "\\boxed", "{", "}", "(", ")", "[", ",", ".", "-", "\u{2212}", "1", "23", "1,000", "/", "\\frac", "\\sqrt", "\\text{", "^",
+            "\\left", "$", "%", " cm", "=", "x", "é", "####", "Answer", ": ", "B", "\n", "\\", "∞",
+        ]), 0..24)) {
+            let text = parts.concat();
+            let _ = (number(&text), integer(&text), choice(&text));
+            let content = boxed(&text).unwrap_or(&text);
+            prop_assert_eq!(same_math(content, content), !normal(content).is_empty());
+            prop_assert_eq!(same_math(content, "17"), same_math("17", content));
+        }
+    }
 
     #[test]
     fn the_last_whole_box_counts() {
@@ -336,6 +355,7 @@ mod tests {
             ("She has 3 boxes of 12, that is 36 eggs.", Some(36.0)),
             (r"The answer is \boxed{2{,}000} of 5000", Some(2000.0)),
             ("from 3-5 days", Some(5.0)),
+            ("it fell to \u{2212}12 degrees", Some(-12.0)),
             ("1,2,3", Some(3.0)),
             ("50%", Some(50.0)),
             (".5", Some(0.5)),
@@ -421,6 +441,7 @@ mod tests {
             ("6.", "6"),
             (r"x^2+2x+1", r"x^2 + 2x + 1"),
             (r"11\sqrt{2}.", r"11\sqrt2"),
+            ("\u{2212}3", "-3"),
         ] {
             assert!(same_math(answer, known) && same_math(known, answer), "{answer} and {known}");
         }
