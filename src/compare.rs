@@ -7,30 +7,48 @@
 //! |---|---|
 //! | `ppl` | perplexity of the last tokens of a text, generated one by one with the policy active |
 //! | `kl` | KL divergence from `full` at the same tokens, in nats per token |
+//! | `token-match` | the share of these tokens at which the most likely next one is that of `full` |
 //! | `needle` | a number hidden in text; the policy compresses the text before it sees the question |
-//! | `needle-aware` | the same, with the question in the prompt that is compressed |
-//! | `word-key` | a number in one of many lines, each with a key of two words; compressed before the question |
-//! | `word-key-aware` | the same, with the question in the prompt that is compressed |
+//! | `needle-multikey` | the same with four numbers, each with a key of its own, one of which is asked for |
+//! | `needle-multivalue` | four numbers under one key, all asked for |
+//! | `needle-multiquery` | four numbers, each with a key of its own, all asked for |
+//! | `word-key` | a number in one of many lines, each with a key of two words |
+//! | `variable-tracking` | the five names that are bound to a value by way of each other |
+//! | `common-words` | the ten words of a long list that come most often |
+//! | `state` | a state that changes over many steps, which are written down one by one; an early one is asked for |
 //! | `recall` | facts among sentences, asked for one after the other once the policy has compressed the text |
 //! | `chain` | a walk along a map that was compressed before it begins: every step looks back |
+//! | `gsm8k`, `math-500`, `aime`, `gpqa-diamond`, `humaneval`, `livecodebench` | a [`benchmark`] from a file of the user's |
 //! | `speed` | tokens per second of prefill and decode |
 //!
-//! `word-key`, `recall` and `chain` make up their own text (the last two: [`problems`]).
+//! From `needle` to `state` each has a second setting, `needle-aware` and so on: the question is part of the prompt that is
+//! compressed. All but `ppl`, `kl`, `token-match`, the needles and the benchmarks make up their own text.
 
+pub mod benchmark;
+mod common_words;
 mod likelihood;
+mod log;
 mod needle;
+mod needles;
 #[cfg(test)]
 mod oracle;
 pub mod problems;
 mod report;
 mod retrieval;
+pub mod significance;
 mod speed;
+mod state;
+mod summary;
 mod sweep;
+mod trace;
 mod turns;
+mod variable_tracking;
 mod word_key;
 
-pub use report::{Host, Metrics, Report, Row, SCHEMA, Sample, wilson};
+pub use report::{Host, Metrics, Planned, Report, Row, SCHEMA, Sample, wilson};
+pub use significance::Against;
 pub use sweep::{fit, sweepable};
+pub use trace::{Trace, trace};
 
 use crate::{
     error::{Error, Result},
@@ -39,6 +57,8 @@ use crate::{
     spec::{ModelSpec, keyword_param},
     stats::Stats,
 };
+use benchmark::{Benchmark, Exam, Sampling};
+use log::Log;
 use problems::Problem;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{fmt, sync::Arc};
@@ -72,6 +92,8 @@ pub trait Sequence {
     fn decode(&mut self, token: u32) -> std::result::Result<Vec<f32>, HostError>;
     /// What the cache held so far.
     fn stats(&self) -> Stats;
+    /// Positions that each KV head of a layer holds now, in order.
+    fn held(&self, layer: usize) -> Vec<Vec<u32>>;
 }
 
 impl From<HostError> for Error {
@@ -87,34 +109,104 @@ pub enum Task {
     Ppl,
     /// KL divergence from `full`.
     Kl,
-    /// Retrieval, compressed before the question is known.
-    Needle,
-    /// Retrieval, compressed with the question.
-    NeedleAware,
-    /// Retrieval by a key among many alike, compressed before the question is known.
-    WordKey,
-    /// Retrieval by a key among many alike, compressed with the question.
-    WordKeyAware,
+    /// Tokens that `full` would have chosen as well.
+    TokenMatch,
+    /// A question about what was read.
+    Ask(Ask, Setting),
     /// Retrieval of several facts in turns, compressed before the questions are known.
     Recall,
     /// A walk along a map that is compressed before it begins.
     Chain,
+    /// A benchmark of the user's own file.
+    Exam(Benchmark),
     /// Tokens per second.
     Speed,
 }
+
+/// What is read and asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Ask {
+    /// A number hidden in text.
+    Needle,
+    /// One of several numbers hidden in text, by its key.
+    NeedleMultikey,
+    /// Several numbers hidden in text under one key.
+    NeedleMultivalue,
+    /// Several numbers hidden in text, each under its key.
+    NeedleMultiquery,
+    /// A number in one of many lines.
+    WordKey,
+    /// Names bound to a value by way of each other.
+    VariableTracking,
+    /// The words of a list that come most often.
+    CommonWords,
+    /// A state that changes over many steps, all of which are written down.
+    State,
+}
 keyword_param!(
-    Task: Ppl = "ppl", Kl = "kl", Needle = "needle", NeedleAware = "needle-aware", WordKey = "word-key",
-    WordKeyAware = "word-key-aware", Recall = "recall", Chain = "chain", Speed = "speed"
+    Ask: Needle = "needle", NeedleMultikey = "needle-multikey", NeedleMultivalue = "needle-multivalue",
+    NeedleMultiquery = "needle-multiquery", WordKey = "word-key", VariableTracking = "variable-tracking",
+    CommonWords = "common-words", State = "state"
 );
 
+/// When a policy compresses what it has read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Setting {
+    /// Before the question is seen.
+    Before,
+    /// With the question, at once.
+    Aware,
+}
+
+/// Ends the names of tasks that are [`Setting::Aware`].
+const AWARE: &str = "-aware";
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ppl => f.write_str("ppl"),
+            Self::Kl => f.write_str("kl"),
+            Self::TokenMatch => f.write_str("token-match"),
+            Self::Ask(ask, Setting::Before) => write!(f, "{ask}"),
+            Self::Ask(ask, Setting::Aware) => write!(f, "{ask}{AWARE}"),
+            Self::Recall => f.write_str("recall"),
+            Self::Chain => f.write_str("chain"),
+            Self::Exam(benchmark) => write!(f, "{benchmark}"),
+            Self::Speed => f.write_str("speed"),
+        }
+    }
+}
+
 impl Task {
+    fn read(name: &str) -> Option<Self> {
+        if let Some(task) = [Self::Ppl, Self::Kl, Self::TokenMatch, Self::Recall, Self::Chain, Self::Speed]
+            .into_iter()
+            .find(|task| task.to_string() == name)
+        {
+            return Some(task);
+        }
+        if let Some(benchmark) = Benchmark::read(name) {
+            return Some(Self::Exam(benchmark));
+        }
+        match name.strip_suffix(AWARE) {
+            Some(name) => Ask::read(name).map(|ask| Self::Ask(ask, Setting::Aware)),
+            None => Ask::read(name).map(|ask| Self::Ask(ask, Setting::Before)),
+        }
+    }
+
     /// A list separated by commas.
     ///
     /// # Errors
     /// [`Error::Config`] naming what is no task, or for an empty list.
     pub fn parse_list(list: &str) -> Result<Vec<Self>> {
         let names = list.split(',').map(str::trim).filter(|name| !name.is_empty());
-        let unknown = |name: &str| format!("unknown task `{name}` (known: {})", Self::KIND.trim().replace(' ', ", "));
+        let asks = Ask::KIND.trim().replace(' ', ", ");
+        let unknown = |name: &str| {
+            let (count, exams) = (asks.split(',').count(), Benchmark::names());
+            format!(
+                "unknown task `{name}` (known: ppl, kl, token-match, {asks}, the last {count} also with {AWARE}; recall, chain, {exams}, speed)"
+            )
+        };
         let read = |name| Self::read(name).ok_or_else(|| Error::Config(unknown(name)));
         let mut tasks = names.map(read).collect::<Result<Vec<_>>>()?;
         tasks.sort();
@@ -122,9 +214,23 @@ impl Task {
         if tasks.is_empty() { Err(Error::Config("the list names no task".into())) } else { Ok(tasks) }
     }
 
+    /// The task that its samples are written down as: tasks that share their runs share these.
+    fn sampled_as(self) -> Self {
+        if self.is_likelihood() { Self::Ppl } else { self }
+    }
+
+    /// Whether it scores the tokens of a text.
+    fn is_likelihood(self) -> bool {
+        matches!(self, Self::Ppl | Self::Kl | Self::TokenMatch)
+    }
+
     /// Whether its prompts are cut from a text that somebody gives.
     pub fn cuts_text(self) -> bool {
-        matches!(self, Self::Ppl | Self::Kl | Self::Needle | Self::NeedleAware)
+        match self {
+            Self::Ppl | Self::Kl | Self::TokenMatch => true,
+            Self::Ask(ask, _) => ask.is_needle(),
+            Self::Recall | Self::Chain | Self::Exam(_) | Self::Speed => false,
+        }
     }
 
     /// A problem of the task's own, of up to this many bytes; `None` for a task that has none.
@@ -134,6 +240,13 @@ impl Task {
             Self::Chain => Some(problems::chain(rng, bytes)),
             _ => None,
         }
+    }
+}
+
+impl Ask {
+    /// Whether it is hidden in a text that somebody gives.
+    fn is_needle(self) -> bool {
+        matches!(self, Self::Needle | Self::NeedleMultikey | Self::NeedleMultivalue | Self::NeedleMultiquery)
     }
 }
 
@@ -182,11 +295,28 @@ pub struct Plan {
     pub seed: u64,
     /// The text that prompts are cut from, for tasks that do ([`Task::cuts_text`]); `speed` takes it if there is one.
     pub text: Option<String>,
+    /// The files of the benchmarks among the tasks.
+    pub exams: Vec<Exam>,
+    /// How their answers are drawn.
+    pub sampling: Sampling,
+}
+
+impl Plan {
+    /// Sequences of a contender in a contest.
+    fn runs(&self, contest: &Contest) -> usize {
+        match contest.tasks.first() {
+            Some(Task::Exam(benchmark)) => {
+                let exam = self.exams.iter().find(|exam| exam.benchmark == *benchmark);
+                exam.map_or(0, |exam| exam.questions.len()) * self.sampling.repeats
+            }
+            _ => self.samples,
+        }
+    }
 }
 
 /// Told of progress.
 pub trait Progress {
-    /// This many units of work lie ahead.
+    /// This many units of work, samples of one policy, lie ahead.
     fn start(&mut self, units: u64);
     /// A unit begins.
     fn unit(&mut self, what: &str);
@@ -194,36 +324,36 @@ pub trait Progress {
     fn sample(&mut self, sample: &Sample) -> Result<()>;
 }
 
-/// Measures every contender at every task and context.
+/// Measures every contender at every task and context. `done`: samples of the same plan that a run which was stopped has left
+/// behind, in their order up to the last that has [`Sample::kv`]; these are not measured again.
 ///
 /// # Errors
 /// [`Error::Config`] for a plan that cannot be met (naming what to change), else whatever stops the host.
-pub fn run(subject: &dyn Subject, plan: &Plan, progress: &mut dyn Progress) -> Result<Vec<Row>> {
+pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     check(plan)?;
     for contest in &plan.contests {
         foresee(&Excerpts { subject, plan, contest })?;
     }
-    let mut rows = vec![];
-    progress.start(units(plan));
+    let mut log = Log::new(plan, done, progress);
     for contest in &plan.contests {
         let texts = Excerpts { subject, plan, contest };
-        rows.extend(match contest.tasks.first() {
-            Some(Task::Ppl | Task::Kl) => likelihood::run(&texts, progress)?,
-            Some(task @ (Task::Needle | Task::NeedleAware | Task::WordKey | Task::WordKeyAware)) => {
-                retrieval::run(&texts, *task, progress)?
-            }
-            Some(task @ (Task::Recall | Task::Chain)) => turns::run(&texts, *task, progress)?,
-            Some(Task::Speed) => speed::run(&texts, progress)?,
-            None => vec![],
-        });
+        match contest.tasks.first() {
+            Some(Task::Ppl | Task::Kl | Task::TokenMatch) => likelihood::run(&texts, &mut log)?,
+            Some(Task::Ask(ask, setting)) => retrieval::run(&texts, *ask, *setting, &mut log)?,
+            Some(task @ (Task::Recall | Task::Chain)) => turns::run(&texts, *task, &mut log)?,
+            Some(Task::Exam(benchmark)) => benchmark::run(&texts, *benchmark, &mut log)?,
+            Some(Task::Speed) => speed::run(&texts, &mut log)?,
+            None => {}
+        }
     }
-    Ok(rows)
+    Ok(summary::rows(plan, &log.samples()))
 }
 
 /// A text that is too short, or a context that cannot be filled, is told before the first run.
 fn foresee(texts: &Excerpts) -> Result<()> {
     match texts.contest.tasks.first() {
-        Some(task @ (Task::WordKey | Task::WordKeyAware)) => retrieval::prompt(texts, *task, 0).map(drop),
+        Some(Task::Exam(benchmark)) => benchmark::prompts(texts, benchmark::exam(texts, *benchmark)?).map(drop),
+        Some(Task::Ask(ask, _)) if !ask.is_needle() => retrieval::prompt(texts, *ask, 0).map(drop),
         Some(task) if task.cuts_text() => texts.cut(&mut texts.rng(0), texts.context()).map(drop),
         _ => Ok(()),
     }
@@ -234,6 +364,9 @@ fn check(plan: &Plan) -> Result<()> {
     if plan.samples == 0 {
         return refuse("samples=0: at least one");
     }
+    plan.sampling.check()?;
+    let tasks: Vec<Task> = plan.contests.iter().flat_map(|contest| contest.tasks.clone()).collect();
+    benchmark::check_exams(&tasks, &plan.exams, &plan.sampling)?;
     let empty = plan.contests.is_empty() || plan.contests.iter().any(|contest| contest.contenders.is_empty());
     if empty {
         return refuse("nothing to compare: name policies, tasks and contexts");
@@ -241,8 +374,18 @@ fn check(plan: &Plan) -> Result<()> {
     for contest in &plan.contests {
         check_text(&contest.tasks, plan.text.as_deref())?;
         check_context(contest.context)?;
+        check_labels(contest)?;
     }
     Ok(())
+}
+
+/// Samples are told apart by the labels of their policies.
+fn check_labels(contest: &Contest) -> Result<()> {
+    let labels: Vec<&str> = contest.contenders.iter().map(|contender| contender.label.as_str()).collect();
+    match labels.iter().enumerate().find(|(i, label)| labels[..*i].contains(label)) {
+        Some((_, label)) => Err(Error::Config(format!("the policy {label} is named twice: once is enough"))),
+        None => Ok(()),
+    }
 }
 
 fn check_context(context: usize) -> Result<()> {
@@ -257,14 +400,9 @@ const MIN_CONTEXT: usize = 128;
 
 /// The tasks in groups that share their runs.
 pub fn task_groups(tasks: &[Task]) -> Vec<Vec<Task>> {
-    let (likelihood, others): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|t| matches!(t, Task::Ppl | Task::Kl));
+    let (likelihood, others): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|task| task.is_likelihood());
     let groups = std::iter::once(likelihood).chain(others.into_iter().map(|task| vec![task]));
     groups.filter(|group| !group.is_empty()).collect()
-}
-
-fn units(plan: &Plan) -> u64 {
-    let contenders: usize = plan.contests.iter().map(|contest| contest.contenders.len()).sum();
-    (plan.samples * contenders) as u64
 }
 
 /// Excerpts of the text at one context length.
@@ -277,10 +415,6 @@ struct Excerpts<'a> {
 impl Excerpts<'_> {
     fn context(&self) -> usize {
         self.contest.context
-    }
-
-    fn contenders(&self) -> &[Contender] {
-        &self.contest.contenders
     }
 
     /// Random numbers of one sample, the same for every contender.

@@ -1,18 +1,21 @@
 use crate::{
     model::{ModelArgs, device_name},
+    report,
+    results::Results,
     table::{self, read_text},
 };
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvpolicy::{
     Registry,
-    compare::{self, Contender, Contest, Host, Plan, Progress, Report, SCHEMA, Sample, Subject, Task},
+    compare::{
+        self, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task,
+        benchmark::{Benchmark, Exam, Sampling, check_exams},
+    },
 };
 use kvpolicy_candle::Hosted;
 use sha2::{Digest, Sha256};
 use std::{
-    fs::File,
-    io::{BufWriter, Write},
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -24,8 +27,9 @@ pub(crate) struct Args {
     /// Policies, separated by `;`. `full` is the measure of the others. [default: some well-known ones]
     #[arg(long)]
     policies: Option<String>,
-    /// What to measure: ppl, kl, needle, needle-aware, word-key, word-key-aware, recall, chain, speed [default:
-    /// ppl,kl,needle,speed; without --model recall].
+    /// What to measure: ppl, kl, token-match, needle, needle-multikey, needle-multivalue, needle-multiquery, word-key, variable-tracking,
+    /// common-words, state, recall, chain, speed, and the benchmarks of --file. From needle to state the policy compresses before it sees the question; with
+    /// -aware behind the name, after [default: ppl,kl,needle,speed; without --model recall].
     #[arg(long)]
     tasks: Option<String>,
     /// Context lengths in tokens.
@@ -35,19 +39,37 @@ pub(crate) struct Args {
     /// without --model and --policies 4].
     #[arg(long, value_delimiter = ',')]
     sweep: Vec<f64>,
-    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 12].
+    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 12], or the first questions of
+    /// a benchmark [default: all].
     #[arg(long)]
     samples: Option<usize>,
     /// Chooses texts, numbers and depths.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The text that prompts are cut from, UTF-8; word-key, recall and chain make up their own, and so does speed where there
-    /// is none.
+    /// The text that prompts of ppl, kl, token-match and needles are cut from, UTF-8; the other tasks make up their own, and so does speed
+    /// where there is none.
     #[arg(long)]
     text: Option<PathBuf>,
-    /// A folder for results.json and samples.jsonl.
+    /// The file of a benchmark among the tasks (gsm8k, math-500, aime, gpqa-diamond, humaneval, livecodebench), JSON lines as it
+    /// is published; --context bounds question and answer together.
+    #[arg(long, value_name = "TASK=PATH")]
+    file: Vec<String>,
+    /// Answers to each question of a benchmark; its figure is their mean (pass@1).
+    #[arg(long, requires = "file", default_value_t = 1)]
+    repeats: usize,
+    /// What answers to benchmarks are drawn at; 0 takes the most likely token.
+    #[arg(long, requires = "file", default_value_t = 0.0)]
+    temperature: f64,
+    /// Run the Python programs that the model writes for humaneval and livecodebench. They get a process with limits on time,
+    /// memory and output, but no sandbox: they can do what you can.
+    #[arg(long, requires = "file")]
+    allow_exec: bool,
+    /// A folder for results.json, samples.jsonl, and a report to look at: report.html, report.md and its pictures.
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Go on with a run that was stopped, from its folder `--out`.
+    #[arg(long, requires = "out")]
+    resume: bool,
 }
 
 /// What is compared where the command line does not say.
@@ -104,27 +126,49 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     }
     let text = args.text.as_deref().map(read_text).transpose()?;
     compare::check_text(&request.tasks, text.as_deref())?;
+    let exams = args.file.iter().map(|file| exam(file, args)).collect::<Result<Vec<_>>>()?;
+    let sampling = Sampling { repeats: args.repeats, temperature: args.temperature, allow_exec: args.allow_exec };
+    check_exams(&request.tasks, &exams, &sampling)?;
     let mut hosted = args.model.load()?;
     // Text that is cut and put together again may make a few tokens more.
     args.model.reach(&mut hosted, args.context.iter().max().unwrap_or(&0).saturating_add(1024));
     let groups = compare::task_groups(&request.tasks);
     let cells = args.context.iter().flat_map(|&context| groups.iter().map(move |tasks| (context, tasks.clone())));
     let contests = cells.map(|(context, tasks)| contest(&request, registry, &hosted, context, tasks));
-    let plan = Plan { contests: contests.collect::<Result<_>>()?, samples: request.samples, seed: args.seed, text };
+    let (contests, samples, seed) = (contests.collect::<Result<_>>()?, request.samples, args.seed);
+    let plan = Plan { contests, samples, seed, text, exams, sampling };
     check(&plan, &hosted, args.model.allow_long)?;
 
-    let mut progress = Bar::new(args.out.as_deref())?;
-    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let rows = compare::run(&hosted, &plan, &mut progress)?;
-    progress.finish()?;
-    println!("{}", table::comparison(&rows, &request.tasks));
+    let mut head = head(&hosted, &plan)?;
+    let (results, done) = match &args.out {
+        Some(dir) if args.resume => {
+            let (results, done) = Results::resume(dir, &head)?;
+            (Some(results), done)
+        }
+        Some(dir) => (Some(Results::create(dir, &head)?), vec![]),
+        None => (None, vec![]),
+    };
+    let mut progress = Bar::new(results)?;
+    head.rows = compare::run(&hosted, &plan, done, &mut progress)?;
+    let results = progress.finish();
+    println!("{}", table::comparison(&head.rows, &request.tasks));
     eprintln!("{} in {:.1} s", hosted.lm.name(), clock.elapsed().as_secs_f64());
-    if let Some(dir) = &args.out {
-        let report = report(&hosted, &plan, started, rows)?;
-        write_json(&dir.join("results.json"), &report)?;
-        eprintln!("{} and samples.jsonl written", dir.join("results.json").display());
+    if let (Some(dir), Some(results)) = (&args.out, results) {
+        results.write(&head)?;
+        results.write_traces(&compare::trace(&hosted, &plan)?)?;
+        report::write(dir)?;
+        eprintln!("results and report.html written to {}", dir.display());
     }
     Ok(())
+}
+
+/// The file of `--file task=path`, or what `--samples` leaves of it.
+fn exam(file: &str, args: &Args) -> Result<Exam> {
+    let (task, path) = file.split_once('=').with_context(|| format!("--file {file}: write TASK=PATH"))?;
+    let text = read_text(Path::new(path))?;
+    let mut exam = Exam::read(Benchmark::named(task)?, &text, args.seed, sha256(&text)).context(path.to_string())?;
+    exam.questions.truncate(args.samples.unwrap_or(usize::MAX));
+    Ok(exam)
 }
 
 fn contest(
@@ -169,11 +213,12 @@ fn check(plan: &Plan, hosted: &Hosted, allow_long: bool) -> Result<()> {
     Ok(())
 }
 
-fn report(hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<compare::Row>) -> Result<Report> {
+/// What is known before the first run.
+fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
     Ok(Report {
         schema: SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_string(),
-        started,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         command: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
         model: hosted.lm.name().to_string(),
         model_sha256: hosted.lm.sha256()?,
@@ -181,13 +226,18 @@ fn report(hosted: &Hosted, plan: &Plan, started: u64, rows: Vec<compare::Row>) -
         kv_dtype: hosted.options.kv_dtype(hosted.lm.model()).as_str().to_string(),
         text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
+        samples: plan.samples,
+        exams: plan.exams.iter().map(|exam| (exam.benchmark.to_string(), exam.sha256.clone())).collect(),
+        repeats: plan.sampling.repeats,
+        temperature: plan.sampling.temperature,
+        contests: Planned::of(plan),
         host: Host {
             platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             cpu: cpu_name(),
             threads: rayon::current_num_threads(),
             device: device_name(hosted.lm.model().device())?,
         },
-        rows,
+        rows: vec![],
     })
 }
 
@@ -202,35 +252,23 @@ fn cpu_name() -> String {
     line.and_then(|line| line.split(':').nth(1)).unwrap_or_default().trim().to_string()
 }
 
-fn write_json(path: &Path, report: &Report) -> Result<()> {
-    let file = File::create(path).with_context(|| path.display().to_string())?;
-    let mut out = BufWriter::new(file);
-    serde_json::to_writer_pretty(&mut out, report).with_context(|| path.display().to_string())?;
-    out.flush().with_context(|| path.display().to_string())
-}
-
-/// A progress bar, and the file of samples.
+/// A progress bar, and the folder that samples go to.
 struct Bar {
     bar: ProgressBar,
     begun: u64, // units
-    samples: Option<BufWriter<File>>,
+    results: Option<Results>,
 }
 
 impl Bar {
-    fn new(out: Option<&Path>) -> Result<Self> {
-        let open = |dir: &Path| -> Result<BufWriter<File>> {
-            std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
-            let path = dir.join("samples.jsonl");
-            Ok(BufWriter::new(File::create(&path).with_context(|| path.display().to_string())?))
-        };
+    fn new(results: Option<Results>) -> Result<Self> {
         let bar = ProgressBar::no_length();
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed}<{eta} {wide_msg}")?);
-        Ok(Self { bar, begun: 0, samples: out.map(open).transpose()? })
+        Ok(Self { bar, begun: 0, results })
     }
 
-    fn finish(&mut self) -> Result<()> {
+    fn finish(self) -> Option<Results> {
         self.bar.finish_and_clear();
-        self.samples.iter_mut().try_for_each(|file| file.flush()).context("samples.jsonl")
+        self.results
     }
 }
 
@@ -246,11 +284,7 @@ impl Progress for Bar {
     }
 
     fn sample(&mut self, sample: &Sample) -> kvpolicy::Result<()> {
-        let Some(file) = &mut self.samples else { return Ok(()) };
-        let write = |file: &mut BufWriter<File>| -> std::io::Result<()> {
-            serde_json::to_writer(&mut *file, sample)?;
-            writeln!(file)
-        };
-        write(file).map_err(|e| kvpolicy::Error::Host(format!("samples.jsonl: {e}").into()))
+        let added = self.results.as_mut().map_or(Ok(()), |results| results.add(sample));
+        added.map_err(|e| kvpolicy::Error::Host(format!("samples.jsonl: {e}").into()))
     }
 }

@@ -1,6 +1,6 @@
-use crate::table::{self, read_text};
-use anyhow::{Context, Result, bail, ensure};
-use kvpolicy::compare::{Report, Row, SCHEMA, Task};
+use crate::{results::read_report, table};
+use anyhow::{Context, Result, bail};
+use kvpolicy::compare::{Report, Row, Task};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Args)]
@@ -28,13 +28,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     tasks.dedup();
     println!("{}", table::comparison(&rows, &tasks));
     Ok(())
-}
-
-fn read_report(path: &Path) -> Result<Report> {
-    let refuse = || format!("{} is no results.json of schema {SCHEMA}", path.display());
-    let report: Report = serde_json::from_str(&read_text(path)?).with_context(refuse)?;
-    ensure!(report.schema == SCHEMA, "{}: its schema is {}", refuse(), report.schema);
-    Ok(report)
 }
 
 /// One table is of one model that was asked the same.

@@ -13,9 +13,12 @@ mod export;
 mod generate;
 mod join;
 mod model;
+mod plan;
 #[cfg(feature = "plot")]
 mod plot;
 mod policies;
+mod report;
+mod results;
 mod retrofit;
 mod table;
 mod train_demo;
@@ -42,6 +45,10 @@ enum Command {
     Compare(compare::Args),
     /// Print the table of one or more results.json as one.
     Table(join::Args),
+    /// What fits a GPU, dense and compressed, and how fast it can be at best.
+    Plan(plan::Args),
+    /// Write the report of a comparison anew, from its folder.
+    Report(report::Args),
     /// Train DMS gates into a model, whose weights stay or learn as well.
     Retrofit(retrofit::Args),
     /// Write a model with its gates as a folder of Hugging Face's.
@@ -63,6 +70,8 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
         Command::Table(args) => join::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Retrofit(args) => retrofit::run(&args),
         Command::Export(args) => export::run(&args),
         Command::TrainDemo(args) => train_demo::run(&args),

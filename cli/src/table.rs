@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, anyhow};
 use comfy_table::{CellAlignment, Table, presets};
-use kvpolicy::compare::{Metrics, Row, Task, wilson};
-use std::path::Path;
+use kvpolicy::compare::{Against, Metrics, Row, Task, wilson};
+use std::{fmt, path::Path};
 
 /// A file that must be UTF-8.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
@@ -21,21 +21,28 @@ pub(crate) fn bytes(n: f64) -> String {
     format!("{:.*} {}", (step > 0) as usize, n / 1024f64.powi(step as i32), units[step])
 }
 
+/// Figures of a comparison in lines, for any kind of table.
+pub(crate) struct Figures {
+    /// Of the columns.
+    pub(crate) header: Vec<String>,
+    /// One per context and policy.
+    pub(crate) lines: Vec<Vec<String>>,
+    /// What the marks in them mean; empty without any.
+    pub(crate) marks: String,
+}
+
 /// One line per context and policy, one column per figure that was measured. Memory is over the policy's tasks: the largest
 /// peak, the mean of means.
-pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN);
-    let mut header = vec!["context", "policy", "compression", "KV peak", "KV mean"];
+pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Figures {
+    let mut header = ["context", "policy", "compression", "KV peak", "KV mean"].map(String::from).to_vec();
     header.extend(tasks.iter().flat_map(|task| columns(*task)));
-    table.set_header(header);
-    let mut lines: Vec<(usize, &str)> = vec![];
+    let mut named: Vec<(usize, &str)> = vec![];
     for row in rows {
-        if !lines.contains(&(row.context, &row.policy)) {
-            lines.push((row.context, &row.policy));
+        if !named.contains(&(row.context, &row.policy)) {
+            named.push((row.context, &row.policy));
         }
     }
-    for (context, policy) in lines {
+    let lines = named.into_iter().map(|(context, policy)| {
         let own: Vec<&Row> = rows.iter().filter(|r| r.context == context && r.policy == policy).collect();
         let mut cells = vec![
             context.to_string(),
@@ -45,15 +52,50 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Table {
             bytes(own.iter().map(|row| row.kv.mean_bytes).sum::<f64>() / own.len() as f64),
         ];
         for task in tasks {
-            let metrics = own.iter().find(|r| r.task == task.to_string()).map(|r| r.metrics.clone());
-            cells.extend(figures(*task, &metrics.unwrap_or_default()));
+            let row = own.iter().find(|r| r.task == task.to_string());
+            let mut figures = figures(*task, &row.map(|r| r.metrics.clone()).unwrap_or_default());
+            if let (Some(figure), Some(row)) = (figures.first_mut(), row) {
+                *figure += &marks(&row.against);
+            }
+            cells.extend(figures);
         }
-        table.add_row(cells);
-    }
-    table.column_iter_mut().enumerate().filter(|(i, _)| *i != 1).for_each(|(_, c)| {
-        c.set_cell_alignment(CellAlignment::Right);
+        cells
     });
-    table
+    let is_used = |mark: &str| rows.iter().any(|row| marks(&row.against).contains(mark));
+    let used = [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(mark, _)| is_used(mark));
+    let used: Vec<String> = used.map(|(mark, policy)| format!("`{mark}` differs from {policy}")).collect();
+    let marks = match used.is_empty() {
+        true => String::new(),
+        false => format!("{} (p < {SURE}, paired samples)", used.join(", ")),
+    };
+    Figures { header, lines: lines.collect(), marks }
+}
+
+/// As a table of Markdown, which is also what the terminal shows.
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut table = Table::new();
+        table.load_preset(presets::ASCII_MARKDOWN).set_header(&self.header).add_rows(&self.lines);
+        table.column_iter_mut().enumerate().filter(|(i, _)| *i != 1).for_each(|(_, c)| {
+            c.set_cell_alignment(CellAlignment::Right);
+        });
+        write!(f, "{table}")?;
+        if self.marks.is_empty() { Ok(()) } else { write!(f, "\n\n{}", self.marks) }
+    }
+}
+
+/// Differences that chance makes more rarely are marked.
+const SURE: f64 = 0.05;
+const FULL: &str = "*";
+const DMS: &str = "^";
+
+/// Which of the policies that a figure is measured by it differs from.
+fn marks(against: &[Against]) -> String {
+    let differs = |name: &str| {
+        let is_named = |other: &&Against| other.policy.split([':', ' ']).next() == Some(name);
+        against.iter().filter(is_named).any(|other| other.p < SURE)
+    };
+    [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(_, name)| differs(name)).map(|(mark, _)| mark).collect()
 }
 
 /// What the tasks have in common, or from the least to the most where they differ: gates keep what a text is worth.
@@ -63,17 +105,11 @@ fn compression(rows: &[&Row]) -> String {
     if most > least * 1.05 { format!("{least:.2}-{most:.2}x") } else { format!("{least:.2}x") }
 }
 
-fn columns(task: Task) -> Vec<&'static str> {
+fn columns(task: Task) -> Vec<String> {
     match task {
-        Task::Ppl => vec!["ppl"],
-        Task::Kl => vec!["KL nats/token"],
-        Task::Needle => vec!["needle"],
-        Task::NeedleAware => vec!["needle-aware"],
-        Task::WordKey => vec!["word-key"],
-        Task::WordKeyAware => vec!["word-key-aware"],
-        Task::Recall => vec!["recall"],
-        Task::Chain => vec!["chain"],
-        Task::Speed => vec!["prefill tok/s", "decode tok/s"],
+        Task::Kl => vec!["KL nats/token".into()],
+        Task::Speed => vec!["prefill tok/s".into(), "decode tok/s".into()],
+        task => vec![task.to_string()],
     }
 }
 
@@ -81,33 +117,50 @@ fn figures(task: Task, metrics: &Metrics) -> Vec<String> {
     let number = |x: Option<f64>, digits: usize| x.map_or("-".to_string(), |x| format!("{x:.digits$}"));
     match task {
         Task::Ppl => vec![number(metrics.ppl, 3)],
-        Task::Kl => vec![number(metrics.kl, 4)],
-        Task::Needle | Task::NeedleAware | Task::WordKey | Task::WordKeyAware | Task::Recall | Task::Chain => {
-            let counts = metrics.correct.zip(metrics.questions);
-            vec![counts.map_or("-".to_string(), |(correct, questions)| score(correct, questions))]
-        }
+        // Rounding makes it less than 0 where nothing differs.
+        Task::Kl => vec![number(metrics.kl.map(|kl| kl.max(0.0)), 4)],
+        Task::TokenMatch => vec![metrics.token_match.map_or("-".to_string(), |share| format!("{:.1}%", 100.0 * share))],
         Task::Speed => vec![number(metrics.prefill_tokens_per_s, 1), number(metrics.decode_tokens_per_s, 1)],
+        Task::Ask(..) | Task::Recall | Task::Chain | Task::Exam(_) => vec![score(metrics)],
     }
 }
 
-/// Right answers with what their share may be: `87/100 (79-92%)`.
-fn score(correct: u64, questions: u64) -> String {
-    let interval = wilson(correct, questions);
-    let percent = interval.map(|[least, most]| format!(" ({:.0}-{:.0}%)", 100.0 * least, 100.0 * most));
-    format!("{correct}/{questions}{}", percent.unwrap_or_default())
+/// Right answers with what their share may be: `87/100 (79-92%)`; where parts count, the mean share that is right, `88%
+/// (80-93%)`.
+fn score(metrics: &Metrics) -> String {
+    let percent = |[least, most]: [f64; 2]| format!(" ({:.0}-{:.0}%)", 100.0 * least, 100.0 * most);
+    let interval = |interval: Option<[f64; 2]>| interval.map(percent).unwrap_or_default();
+    match (metrics.score, metrics.correct.zip(metrics.questions)) {
+        (Some(score), _) => format!("{:.0}%{}", 100.0 * score, interval(metrics.score_interval)),
+        (None, Some((correct, questions))) => format!("{correct}/{questions}{}", interval(wilson(correct, questions))),
+        (None, None) => "-".into(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
     fn a_score_says_how_sure_it_is() {
-        let printed = [(87, 100), (0, 2), (2, 2), (0, 0)].map(|(correct, questions)| super::score(correct, questions));
+        let counted =
+            |(correct, questions)| Metrics { correct: Some(correct), questions: Some(questions), ..Metrics::default() };
+        let printed = [(87, 100), (0, 2), (2, 2), (0, 0)].map(|counts| score(&counted(counts)));
         assert_eq!(printed, ["87/100 (79-92%)", "0/2 (0-66%)", "2/2 (34-100%)", "0/0"]);
+        let line = |task, metrics: &Metrics| figures(task, metrics).remove(0);
+        let likelihood = Metrics { kl: Some(-1e-9), token_match: Some(0.9375), ..Metrics::default() };
+        assert_eq!(
+            (line(Task::Kl, &likelihood), line(Task::TokenMatch, &likelihood)),
+            ("0.0000".into(), "93.8%".into())
+        );
+        assert_eq!(line(Task::TokenMatch, &Metrics::default()), "-");
+        let parts = Metrics { score: Some(0.755), score_interval: Some([0.6, 0.85]), ..counted((2, 4)) };
+        assert_eq!((score(&parts), score(&Metrics::default())), ("76% (60-85%)".into(), "-".into()));
     }
 
     #[test]
     fn bytes_are_readable() {
-        let printed: Vec<String> = [0.0, 1023.0, 1024.0, 1.5 * 1024.0 * 1024.0].map(super::bytes).to_vec();
+        let printed: Vec<String> = [0.0, 1023.0, 1024.0, 1.5 * 1024.0 * 1024.0].map(bytes).to_vec();
         assert_eq!(printed, ["0 B", "1023 B", "1.0 KiB", "1.5 MiB"]);
     }
 }

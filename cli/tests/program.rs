@@ -5,7 +5,7 @@
 mod tiny;
 
 use candle_core::quantized::GgmlDType;
-use kvpolicy::compare::{Report, Sample};
+use kvpolicy::compare::{Report, Sample, Trace};
 use serde_json::json;
 use std::{
     path::{Path, PathBuf},
@@ -63,7 +63,7 @@ const COMPARE: [&str; 8] = ["--text", "t.txt", "--context", "400,480", "--sample
 #[test]
 fn compare_writes_a_row_for_each_policy_task_and_context() {
     let bench = Bench::new();
-    let tasks = ["ppl", "kl", "needle", "needle-aware", "speed"];
+    let tasks = ["ppl", "kl", "token-match", "needle", "needle-aware", "speed"];
     let policies = ["full", "window:size=32,sinks=4", "h2o:budget=40,recent=8", "tova:budget=25%", "knorm:budget=40"];
     let output = bench
         .run("compare", &[&COMPARE[..], &["--policies", &policies.join(";"), "--tasks", &tasks.join(",")]].concat());
@@ -83,6 +83,9 @@ fn compare_writes_a_row_for_each_policy_task_and_context() {
                 match task {
                     "ppl" => assert!(m.ppl.unwrap() > 1.0 && m.kl.is_none()),
                     "kl" => assert_eq!(m.kl.unwrap() > 1e-6, policy != "full", "{policy}: {:?}", m.kl),
+                    "token-match" => {
+                        assert!(m.token_match.is_some_and(|share| share == 1.0 || policy != "full" && share < 1.0))
+                    }
                     "speed" => assert!(m.prefill_tokens_per_s.unwrap() > 0.0 && m.decode_tokens_per_s.unwrap() > 0.0),
                     _ => assert_eq!(m.questions, Some(1)),
                 }
@@ -91,7 +94,7 @@ fn compare_writes_a_row_for_each_policy_task_and_context() {
     }
     let samples = std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap();
     let samples: Vec<Sample> = samples.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(samples.len(), 2 * policies.len() * (tasks.len() - 1)); // ppl and kl share theirs
+    assert_eq!(samples.len(), 2 * policies.len() * (tasks.len() - 2)); // the first three share theirs
     let needles: Vec<&Sample> = samples.iter().filter(|s| s.task == "needle").collect();
     assert!(needles.iter().all(|s| s.prompt.contains(s.expected.as_ref().unwrap()) && s.answer.is_some()));
 }
@@ -210,6 +213,122 @@ fn compare_without_a_model_shows_what_policies_do() {
 }
 
 #[test]
+fn a_stopped_run_goes_on_to_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let compare = |more: &[&str]| {
+        let args = ["compare", "--tasks", "recall,chain", "--context", "512", "--samples", "3", "--policies"];
+        program(&dir, &[&args[..], &["full;h2o;dms", "--sweep", "4"], more].concat())
+    };
+    let files = |out: &str| {
+        let mut report: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(dir.path().join(out).join("results.json")).unwrap()).unwrap();
+        ["started", "command"].iter().for_each(|name| report[name] = json!(null));
+        (report.to_string(), std::fs::read_to_string(dir.path().join(out).join("samples.jsonl")).unwrap())
+    };
+    let table = succeeded(&compare(&["--out", "a"]));
+    succeeded(&compare(&["--out", "b"]));
+    assert!(files("a") == files("b"), "the same seed");
+
+    // The report can be made again from the figures.
+    let page = |name: &str| std::fs::read_to_string(dir.path().join("a").join(name)).unwrap();
+    let pages = ["report.html", "report.md", "quality-recall-512.svg"];
+    let made = pages.map(page);
+    assert!(made[0].contains("h2o @4x") && made[1].contains("quality-recall-512.svg"));
+    pages.iter().for_each(|name| std::fs::remove_file(dir.path().join("a").join(name)).unwrap());
+    succeeded(&program(&dir, &["report", "a"]));
+    assert!(made == pages.map(page));
+    let traces = page("trace.jsonl");
+    let traces: Vec<Trace> = traces.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(traces.iter().map(|trace| trace.policy.as_str()).collect::<Vec<_>>(), ["full", "h2o @4x", "dms"]);
+    for trace in &traces {
+        let (heads, last) = (trace.live.iter().map(Vec::len).sum::<usize>(), trace.held.last().unwrap());
+        assert!(trace.seen.is_sorted() && trace.seen.last() == Some(&512) && trace.pieces.len() == 512);
+        assert_eq!(last.iter().sum::<usize>(), trace.live.iter().flatten().sum::<usize>());
+        assert_eq!(last.iter().all(|held| *held == heads), trace.policy == "full");
+        // What is gone does not come back.
+        let fades = |two: &[Vec<usize>]| two[0].iter().zip(&two[1]).all(|(before, after)| before >= after);
+        assert!(trace.held.windows(2).all(fades), "{}", trace.policy);
+    }
+
+    // Stopped within a line, between the questions of a run, and before the first.
+    let (whole, samples) = files("a");
+    let middle = samples.len() / 2;
+    let question = samples.match_indices('\n').map(|(at, _)| at + 1).find(|at| !samples[..*at].contains("\"kv\""));
+    for stopped in [middle, middle + 1, question.unwrap(), samples.len(), 0] {
+        std::fs::write(dir.path().join("b/samples.jsonl"), &samples[..stopped]).unwrap();
+        let said = compare(&["--out", "b", "--resume"]);
+        assert_eq!(succeeded(&said), table);
+        assert!(files("b") == (whole.clone(), samples.clone()), "stopped at {stopped}");
+    }
+
+    let report = read(&dir.path().join("a/results.json"));
+    let h2o = report.rows.iter().find(|row| row.task == "recall" && row.policy.starts_with("h2o")).unwrap();
+    let measures: Vec<&str> = h2o.against.iter().map(|other| other.policy.as_str()).collect();
+    assert_eq!(measures, ["full", "dms"]);
+    let dense = report.rows[0].metrics.accuracy.unwrap();
+    assert!((h2o.against[0].difference - (h2o.metrics.accuracy.unwrap() - dense)).abs() < 1e-12);
+
+    let refused = |more: &[&str], words: &[&str]| {
+        let output = compare(more);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    refused(&["--out", "a", "--resume", "--seed", "9"], &["a is of another plan", "seed was `0` and is `9`"]);
+    refused(&["--out", "nowhere", "--resume"], &["nothing to resume", "nowhere"]);
+    refused(&["--resume"], &["--out"]);
+    for (folder, words) in [("nowhere", "nowhere"), (".", "results.json")] {
+        let output = program(&dir, &["report", folder]);
+        assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains(words));
+    }
+    std::fs::write(dir.path().join("b/samples.jsonl"), samples.replacen("\"task\"", "\"task", 1)).unwrap();
+    refused(&["--out", "b", "--resume"], &["samples.jsonl", "line 1 is no sample"]);
+    let old = std::fs::read_to_string(dir.path().join("a/results.json")).unwrap();
+    let old = old.replacen("\"version\": \"", "\"version\": \"0.0.", 1).replacen("h2o:budget", "h2o:budgie", 1);
+    std::fs::write(dir.path().join("a/results.json"), old).unwrap();
+    refused(&["--out", "a", "--resume"], &["version was `0.0.", "policies was", "h2o:budgie"]);
+    assert!(files("a").1 == samples, "what is refused leaves the samples alone");
+}
+
+#[test]
+fn benchmarks_are_asked_from_files() {
+    let bench = Bench::new();
+    let question = |text: &str, answer: &str| json!({ "question": text, "answer": answer }).to_string() + "\n";
+    let file = question("How many are 2 and 3?", "#### 5") + &question("And 4 and 4?", "#### 8");
+    std::fs::write(bench.path("school.jsonl"), file).unwrap();
+    let code = json!({"prompt": "def f():\n", "entry_point": "f", "test": "def check(c): pass"});
+    std::fs::write(bench.path("code.jsonl"), code.to_string()).unwrap();
+    let ask = |more: &[&str], words: &[&str]| {
+        let args = ["--policies", "full;window:size=24", "--context", "400", "--out", "out"];
+        match words {
+            [] => drop(succeeded(&bench.run("compare", &[&args[..], more].concat()))),
+            words => bench.fails("compare", &[&args[..], more].concat(), words),
+        }
+    };
+    let drawn = ["--tasks", "gsm8k", "--file", "gsm8k=school.jsonl", "--repeats", "2", "--temperature", "0.8"];
+    ask(&drawn, &[]);
+    let report = read(&bench.path("out/results.json"));
+    assert!(report.exams["gsm8k"].len() == 64 && report.repeats == 2 && report.temperature == 0.8);
+    assert_eq!(
+        report.rows.iter().map(|row| (row.samples, row.metrics.questions)).collect::<Vec<_>>(),
+        [(2, Some(4)); 2]
+    );
+    let samples = std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap();
+    ask(&[&drawn[..], &["--resume"]].concat(), &[]);
+    ask(&[&drawn[..7], &["0.9", "--resume"]].concat(), &["temperature was `0.8` and is `0.9`"]);
+    assert_eq!(samples, std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap());
+    ask(&[&drawn[..4], &["--samples", "1"]].concat(), &[]);
+    assert_eq!(read(&bench.path("out/results.json")).rows[0].samples, 1);
+
+    ask(&["--tasks", "gsm8k"], &["gsm8k", "--file gsm8k="]);
+    ask(&["--tasks", "recall", "--file", "gsm8k=school.jsonl"], &["gsm8k", "not among the tasks"]);
+    ask(&["--tasks", "recall", "--repeats", "2"], &["--file"]);
+    ask(&["--tasks", "gsm8k", "--file", "school.jsonl"], &["school.jsonl", "TASK=PATH"]);
+    ask(&["--tasks", "gsm8k", "--file", "poetry=school.jsonl"], &["poetry", "math-500"]);
+    ask(&["--tasks", "gsm8k", "--file", "gsm8k=code.jsonl"], &["code.jsonl", "line 1 of gsm8k", "question"]);
+    ask(&["--tasks", "humaneval", "--file", "humaneval=code.jsonl"], &["humaneval", "--allow-exec"]);
+}
+
+#[test]
 fn retrofit_trains_gates_that_can_be_used() {
     let dir = tempfile::tempdir().unwrap();
     let text = "a boat waits near the mill. the owl sings and the river runs.\n".repeat(120);
@@ -288,6 +407,50 @@ fn export_writes_a_folder_that_runs() {
     bench.fails("export", &["--gates", "nowhere", "--out", "new"], &["nowhere"]);
     bench.fails("export", &["--gates", "gates"], &["--out"]);
     assert!(!bench.path("new").exists());
+}
+
+#[test]
+fn plan_reads_whatever_says_the_shape_of_a_model() {
+    let bench = Bench::new();
+    let config = json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 300, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512,
+        "tie_word_embeddings": true, "eos_token_id": 0,
+    });
+    std::fs::create_dir(bench.path("model")).unwrap();
+    std::fs::write(bench.path("model/config.json"), config.to_string()).unwrap();
+    let plan = |model: &str, more: &[&str]| {
+        let args = ["plan", "--model", model, "--gpu-memory", "80GB", "--context", "400"];
+        program(&bench.dir, &[&args[..], more].concat())
+    };
+    let from_file = succeeded(&plan("model/config.json", &[]));
+    // 2 layers of 2 heads of 16, keys and values, 2 bytes.
+    assert!(from_file.contains("256 B of keys and values a token") && from_file.contains("8x |"), "{from_file}");
+    assert_eq!(from_file.replace("model/config.json:", "model:"), succeeded(&plan("model", &[])));
+    assert!(succeeded(&plan("m.gguf", &["--kv-dtype", "f32"])).contains("of keys and values a token"));
+    let preset = succeeded(&plan("llama-3.1-8b", &["--compression", "4", "--price-per-hour", "2.5"]));
+    assert!(preset.contains("128.0 KiB of keys") && preset.contains("4x |"), "{preset}");
+    assert_eq!(preset.matches("cost of a million tokens").count(), 2);
+    for (model, more, words) in [
+        ("gpt-2", &[][..], &["gpt-2", "llama-3.1-8b"][..]),
+        ("./nowhere", &[], &["nowhere"]),
+        ("qwen3-8b", &["--gpu-memory", "8GB"], &["gpu-memory", "weights"]),
+        ("qwen3-8b", &["--compression", "0.5"], &["compression=0.5"]),
+        ("qwen3-8b", &["--context", "0"], &["context=0"]),
+        ("t.txt", &[], &["t.txt"]),
+    ] {
+        let args: Vec<&str> = ["plan", "--model", model].into_iter().chain(more.iter().copied()).collect();
+        let given = |name: &&str| !more.contains(name);
+        let rest: Vec<&str> = [["--gpu-memory", "80GB"], ["--context", "400"]]
+            .into_iter()
+            .filter(|[name, _]| given(name))
+            .flatten()
+            .collect();
+        let output = program(&bench.dir, &[args, rest].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && !error.contains("panicked"), "{model} {more:?}: {error}");
+        assert!(words.iter().all(|word| error.contains(word)), "{model} {more:?}: {error}");
+    }
 }
 
 /// Problems are made up in bytes; where tokens have more of them, and a template or a text is no help.
@@ -389,6 +552,8 @@ fn bad_input_is_refused_with_its_reason() {
     compare(&["--text", "t.txt", "--policies", "window:sinks=2"], &["`size` is missing"]);
     compare(&["--text", "t.txt", "--policies", "dms", "--context", "256"], &["gates"]);
     compare(&["--text", "t.txt", "--policies", ";"], &["no policy"]);
+    let twice = ["--text", "t.txt", "--policies", "full;tova:budget=9;full", "--context", "256"];
+    compare(&twice, &["full is named twice"]);
     compare(&["--text", "t.txt", "--tasks", "ppl,poetry"], &["poetry", "needle"]);
     compare(&["--text", "t.txt", "--tasks", ","], &["no task"]);
     compare(&[], &["ppl", "--text", "recall,chain"]);

@@ -1,6 +1,6 @@
-//! Perplexity and KL divergence with the policy active.
+//! Perplexity, KL divergence and matching tokens with the policy active.
 
-use super::{Excerpts, Metrics, Progress, Row, Sample, Sequence, Task, log_softmax, report::Runs};
+use super::{Excerpts, Log, Sample, Sequence, Task, argmax, log_softmax};
 use crate::{error::Result, policies::Full, policy::Policy};
 use std::sync::Arc;
 
@@ -11,72 +11,61 @@ pub(super) fn scored_tokens(context: usize) -> usize {
     (context / 4).min(MOST_SCORED)
 }
 
-pub(super) fn run(texts: &Excerpts, progress: &mut dyn Progress) -> Result<Vec<Row>> {
-    let plan = texts.plan;
-    let wants_kl = texts.contest.tasks.contains(&Task::Kl);
-    let mut scores = vec![Scores::default(); texts.contenders().len()];
-    let mut runs = vec![Runs::default(); texts.contenders().len()];
-    for sample in 0..plan.samples {
+pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
+    let is_measured = |task: &Task| matches!(task, Task::Kl | Task::TokenMatch);
+    let wants_full = texts.contest.tasks.iter().any(is_measured);
+    for sample in 0..texts.plan.samples {
+        let contenders = log.lacking(texts, Task::Ppl, sample, 0);
+        if contenders.is_empty() {
+            continue;
+        }
         let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), texts.context())?;
-        let mut reference = vec![];
-        if wants_kl {
+        let mut reference: Vec<Reference> = vec![];
+        if wants_full {
             let full: Arc<dyn Policy> = Arc::new(Full {});
             let mut sequence = texts.subject.open(&full)?;
-            walk(&mut *sequence, &tokens, |logits, _| reference.push(narrow(&log_softmax(logits))))?;
+            walk(&mut *sequence, &tokens, |logits, _| reference.push(Reference::new(logits)))?;
         }
-        for (i, contender) in texts.contenders().iter().enumerate() {
-            progress.unit(&format!("ppl {} at {}", contender.label, texts.context()));
+        for contender in contenders {
+            log.unit(texts, Task::Ppl, contender);
             let mut sequence = texts.subject.open(&contender.policy)?;
-            let mut own = Scores::default();
+            let (mut nll, mut divergence, mut same) = (vec![], vec![], vec![]);
             walk(&mut *sequence, &tokens, |logits, next| {
                 let log_p = log_softmax(logits);
-                let divergence = reference.get(own.count).map_or(0.0, |full| kl(full, &log_p));
-                own.add(-log_p[next as usize], divergence);
+                if let Some(full) = reference.get(nll.len()) {
+                    divergence.push(kl(&full.log_p, &log_p));
+                    same.push((full.top == argmax(logits)) as u8 as f64);
+                }
+                nll.push(-log_p[next as usize]);
             })?;
-            runs[i].add(&sequence.stats());
-            scores[i].merge(&own);
-            progress.sample(&Sample {
-                nll: Some(own.nll / own.count as f64),
-                kl: wants_kl.then_some(own.kl / own.count as f64),
+            log.add(Sample {
+                nll: Some(mean(&nll)),
+                kl: wants_full.then(|| mean(&divergence)),
+                token_match: wants_full.then(|| mean(&same)),
+                kl_by_token: narrow(&divergence),
                 prompt: excerpt.clone(),
-                ..Sample::new("ppl", contender, texts.context(), sample)
+                kv: Some(sequence.stats()),
+                ..Sample::new(Task::Ppl, contender, texts.context(), sample)
             })?;
         }
     }
-    let mut rows = vec![];
-    for ((contender, scores), runs) in texts.contenders().iter().zip(&scores).zip(&runs) {
-        let n = scores.count as f64;
-        for &task in &texts.contest.tasks {
-            let metrics = match task {
-                Task::Kl => Metrics { kl: Some(scores.kl / n), ..Metrics::default() },
-                _ => Metrics { ppl: Some((scores.nll / n).exp()), ..Metrics::default() },
-            };
-            rows.push(Row::new(contender, task, texts, metrics, runs));
-        }
-    }
-    Ok(rows)
+    Ok(())
 }
 
-/// Sums over scored tokens.
-#[derive(Debug, Clone, Default)]
-struct Scores {
-    count: usize,
-    nll: f64,
-    kl: f64,
+/// What `full` makes of a place.
+struct Reference {
+    log_p: Vec<f32>, // half the memory of f64: there is one for each scored token and vocabulary entry
+    top: u32,
 }
 
-impl Scores {
-    fn add(&mut self, nll: f64, kl: f64) {
-        self.count += 1;
-        self.nll += nll;
-        self.kl += kl;
+impl Reference {
+    fn new(logits: &[f32]) -> Self {
+        Self { log_p: narrow(&log_softmax(logits)), top: argmax(logits) }
     }
+}
 
-    fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.nll += other.nll;
-        self.kl += other.kl;
-    }
+fn mean(figures: &[f64]) -> f64 {
+    figures.iter().sum::<f64>() / figures.len() as f64
 }
 
 /// Reads the prompt, then the scored tokens one by one as if they were generated; each is told with the logits before it.
@@ -92,7 +81,6 @@ fn walk(sequence: &mut dyn Sequence, tokens: &[u32], mut score: impl FnMut(&[f32
     Ok(())
 }
 
-/// Half the memory: one number for each scored token and vocabulary entry is kept.
 fn narrow(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&x| x as f32).collect()
 }
@@ -100,4 +88,20 @@ fn narrow(x: &[f64]) -> Vec<f32> {
 /// KL(p || q) in nats, of log-probabilities.
 fn kl(log_p: &[f32], log_q: &[f64]) -> f64 {
     log_p.iter().zip(log_q).map(|(&p, q)| (p as f64).exp() * (p as f64 - q)).sum()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_is_that_of_the_distributions() {
+        let full = Reference::new(&[0.0, 2f32.ln(), 0.0]); // 1/4, 1/2, 1/4
+        assert_eq!(full.top, 1);
+        assert!(kl(&full.log_p, &log_softmax(&[5.0, 5.0 + 2f32.ln(), 5.0])).abs() < 1e-6, "the same");
+        let uniform = kl(&full.log_p, &log_softmax(&[1.0, 1.0, 1.0]));
+        assert!((uniform - (0.5 * 0.75f64.ln() + 0.5 * 1.5f64.ln())).abs() < 1e-6, "{uniform}");
+        assert_eq!(mean(&[1.0, 2.0, 6.0]), 3.0);
+    }
 }

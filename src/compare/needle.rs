@@ -1,6 +1,9 @@
 //! A number hidden in text.
 
-use super::{Excerpts, floor_boundary, retrieval::Prompt};
+use super::{
+    Excerpts, floor_boundary,
+    retrieval::{Expected, Prompt},
+};
 use crate::error::{Error, Result};
 use rand::Rng;
 
@@ -23,11 +26,11 @@ pub(super) fn prompt(texts: &Excerpts, sample: usize) -> Result<Prompt> {
     let depth = sentence_end(&hay, (hay.len() as f64 * rng.random_range(0.05..0.95)) as usize);
     let body = format!("{INTRODUCTION}{}{needle}{}\n\n", &hay[..depth], &hay[depth..]);
     let text = texts.subject.chat(&format!("{body}{QUESTION}"))?;
-    Prompt::new(texts, text, QUESTION, number, ANSWER)
+    Prompt::new(texts, text, QUESTION, Expected::Number(number), ANSWER)
 }
 
 /// The end of the sentence around a byte, or the nearest character boundary if there is none.
-fn sentence_end(text: &str, near: usize) -> usize {
+pub(super) fn sentence_end(text: &str, near: usize) -> usize {
     let near = floor_boundary(text, near);
     let reach = floor_boundary(text, near + 300);
     text[near..reach].find(". ").map_or(near, |at| near + at + 1)

@@ -43,8 +43,8 @@ impl Subject for Oracle {
         Ok(tokens.iter().filter(|&&t| t != BOS).map(|&t| t as u8 as char).collect())
     }
 
-    fn is_end(&self, _: u32) -> bool {
-        false
+    fn is_end(&self, token: u32) -> bool {
+        token == BOS
     }
 
     fn chat(&self, user: &str) -> Hosted<String> {
@@ -78,6 +78,10 @@ impl Sequence for Reader<'_> {
 
     fn decode(&mut self, token: u32) -> Hosted<Vec<f32>> {
         self.read(&[token])
+    }
+
+    fn held(&self, _: usize) -> Vec<Vec<u32>> {
+        vec![(0..self.text.len() as u32).collect()]
     }
 
     fn stats(&self) -> Stats {
@@ -147,6 +151,11 @@ pub(super) fn play(oracle: &Oracle, tasks: &[Task], contexts: &[usize]) -> Resul
     let contests = contexts.iter().flat_map(|&context| tasks.iter().map(move |&task| (context, task)));
     let contests = contests.map(|(context, task)| contest(context, task)).collect();
     let mut notes = Notes::default();
-    let rows = run(oracle, &Plan { contests, samples: 3, seed: 7, text: None }, &mut notes)?;
+    let rows = run(
+        oracle,
+        &Plan { contests, samples: 3, seed: 7, text: None, exams: vec![], sampling: Default::default() },
+        vec![],
+        &mut notes,
+    )?;
     Ok((rows, notes.0))
 }

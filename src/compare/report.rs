@@ -1,8 +1,9 @@
 //! What a comparison writes down.
 
-use super::{Contender, Excerpts, Task};
+use super::{Contender, Contest, Plan, Task, significance::Against};
 use crate::stats::Stats;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Version of the schema of [`Report`]; raised when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
@@ -30,10 +31,92 @@ pub struct Report {
     pub text_sha256: String,
     /// Chooses texts, numbers and depths.
     pub seed: u64,
+    /// Samples of each policy, task and context.
+    #[serde(default)]
+    pub samples: usize,
+    /// SHA-256 of the benchmarks' files, as far as they were asked.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub exams: BTreeMap<String, String>,
+    /// Answers to each of their questions.
+    #[serde(default)]
+    pub repeats: usize,
+    /// What these were drawn at.
+    #[serde(default)]
+    pub temperature: f64,
+    /// What was to be measured.
+    #[serde(default)]
+    pub contests: Vec<Planned>,
     /// The machine.
     pub host: Host,
-    /// One per policy, task and context.
+    /// One per policy, task and context; none while the run has not ended.
     pub rows: Vec<Row>,
+}
+
+/// The policies at one context length in tasks that share their runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Planned {
+    /// Context length in tokens.
+    pub context: usize,
+    /// Names of tasks.
+    pub tasks: Vec<String>,
+    /// Labels of policies, each with the policy with every parameter.
+    pub policies: Vec<[String; 2]>,
+}
+
+impl Planned {
+    /// All of a plan.
+    pub fn of(plan: &Plan) -> Vec<Self> {
+        let policy = |contender: &Contender| [contender.label.clone(), contender.policy.to_string()];
+        let contest = |contest: &Contest| Self {
+            context: contest.context,
+            tasks: contest.tasks.iter().map(ToString::to_string).collect(),
+            policies: contest.contenders.iter().map(policy).collect(),
+        };
+        plan.contests.iter().map(contest).collect()
+    }
+}
+
+impl Report {
+    /// Why the samples of one run cannot stand beside those of another: each fact of the plans that differs, as `seed was 1
+    /// and is 2`. Empty for the same plan.
+    pub fn departures(&self, now: &Self) -> Vec<String> {
+        let facts = |report: &Self| {
+            [
+                ("version", report.version.clone()),
+                ("model_sha256", report.model_sha256.clone()),
+                ("dtype", report.dtype.clone()),
+                ("kv_dtype", report.kv_dtype.clone()),
+                ("text_sha256", report.text_sha256.clone()),
+                ("seed", report.seed.to_string()),
+                ("samples", report.samples.to_string()),
+                ("exams", format!("{:?}", report.exams)),
+                ("repeats", report.repeats.to_string()),
+                ("temperature", report.temperature.to_string()),
+                ("contexts", list(report, |contest| vec![contest.context.to_string()])),
+                ("tasks", list(report, |contest| contest.tasks.clone())),
+                ("policies", list(report, |contest| contest.policies.iter().map(|[_, full]| full.clone()).collect())),
+            ]
+        };
+        let pairs = facts(self).into_iter().zip(facts(now));
+        let differ = pairs.filter(|((_, was), (_, is))| was != is);
+        let mut departures: Vec<String> =
+            differ.map(|((name, was), (_, is))| format!("{name} was `{was}` and is `{is}`")).collect();
+        if departures.is_empty() && self.contests != now.contests {
+            departures.push("the order or the labels of its policies, tasks or contexts were others".into());
+        }
+        departures
+    }
+}
+
+/// What is named anywhere in the contests, once each.
+fn list(report: &Report, named: impl Fn(&Planned) -> Vec<String>) -> String {
+    let mut all: Vec<String> = vec![];
+    for name in report.contests.iter().flat_map(named) {
+        if !all.contains(&name) {
+            all.push(name);
+        }
+    }
+    all.join(";")
 }
 
 /// The machine a comparison ran on.
@@ -68,6 +151,9 @@ pub struct Row {
     pub kv: Stats,
     /// Entries a dense cache would have held for one that was held, over all samples.
     pub compression: f64,
+    /// How the figure differs from those of `full` and of `dms`, where they were compared too and it is one of quality.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub against: Vec<Against>,
 }
 
 /// Figures of a task; those of other tasks are absent.
@@ -80,6 +166,9 @@ pub struct Metrics {
     /// KL(full || policy), nats per token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kl: Option<f64>,
+    /// Share of tokens before which the most likely token is that of `full`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_match: Option<f64>,
     /// Right answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub correct: Option<u64>,
@@ -92,6 +181,12 @@ pub struct Metrics {
     /// What the ratio may be of all such questions: [`wilson`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy_interval: Option<[f64; 2]>,
+    /// Mean share that is right, of a task that gives part of the mark.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
+    /// Its 95% interval: Wilson's, with samples for questions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score_interval: Option<[f64; 2]>,
     /// Median.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_tokens_per_s: Option<f64>,
@@ -102,7 +197,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Figures of a task that counts right answers.
-    fn of_answers(correct: u64, questions: u64) -> Self {
+    pub(super) fn of_answers(correct: u64, questions: u64) -> Self {
         Self {
             correct: Some(correct),
             questions: Some(questions),
@@ -116,11 +211,17 @@ impl Metrics {
 /// Wilson's 95% interval of a share, from its least to its most within 0 to 1, as if the questions were independent; `None`
 /// for no questions, or more right answers than those.
 pub fn wilson(correct: u64, questions: u64) -> Option<[f64; 2]> {
+    wilson_of_share(correct as f64 / questions as f64, questions)
+}
+
+/// The same for a mean of figures from 0 to 1, one a sample: these vary no more than answers that are right or wrong, so that it
+/// is rather too wide.
+pub(super) fn wilson_of_share(share: f64, samples: u64) -> Option<[f64; 2]> {
     const Z: f64 = 1.959_963_984_540_054; // 97.5% of the standard normal distribution lie below
-    if questions == 0 || correct > questions {
+    if samples == 0 || !(0.0..=1.0).contains(&share) {
         return None;
     }
-    let (n, share) = (questions as f64, correct as f64 / questions as f64);
+    let n = samples as f64;
     let centre = share + Z * Z / (2.0 * n);
     let reach = Z * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt();
     let bound = |x: f64| (x / (1.0 + Z * Z / n)).clamp(0.0, 1.0);
@@ -137,8 +238,11 @@ pub struct Sample {
     pub policy: String,
     /// Context length in tokens.
     pub context: usize,
-    /// Number of the sample.
+    /// Number of the sample; of a benchmark, of the question.
     pub sample: usize,
+    /// Number of the answer, of a benchmark with several to a question.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub repeat: usize,
     /// The whole prompt, with the turns before it as they went, or the text that was scored.
     pub prompt: String,
     /// What a right answer contains.
@@ -147,88 +251,51 @@ pub struct Sample {
     /// What the model said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
+    /// Tokens of it, of a benchmark.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generated: Option<usize>,
     /// The verdict.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub correct: Option<bool>,
+    /// The share that is right, of a task that gives part of the mark.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
     /// Negative log-likelihood per token, nats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nll: Option<f64>,
     /// KL(full || policy), nats per token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kl: Option<f64>,
+    /// Share of scored tokens before which the most likely token is that of `full`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_match: Option<f64>,
+    /// KL at each scored token, the last of which is the last of the context.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub kl_by_token: Vec<f32>,
     /// Of this repetition.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_tokens_per_s: Option<f64>,
     /// Of this repetition.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_s: Option<f64>,
+    /// The cache over the whole run; absent in all but the last line of a run that has several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv: Option<Stats>,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl Sample {
-    pub(super) fn new(task: &str, contender: &Contender, context: usize, sample: usize) -> Self {
-        Self { task: task.into(), policy: contender.label.clone(), context, sample, ..Self::default() }
-    }
-}
-
-impl Row {
-    pub(super) fn new(contender: &Contender, task: Task, texts: &Excerpts, metrics: Metrics, runs: &Runs) -> Self {
-        let kv = runs.stats;
+    pub(super) fn new(task: Task, contender: &Contender, context: usize, sample: usize) -> Self {
         Self {
+            task: task.sampled_as().to_string(),
             policy: contender.label.clone(),
-            policy_full: contender.policy.to_string(),
-            task: task.to_string(),
-            context: texts.context(),
-            samples: texts.plan.samples,
-            metrics,
-            kv,
-            compression: kv.compression(),
+            context,
+            sample,
+            ..Self::default()
         }
-    }
-}
-
-/// Answers of a contender, and the cache figures of its runs.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Tally {
-    correct: u64,
-    questions: u64,
-    runs: Runs,
-}
-
-impl Tally {
-    pub(super) fn run(&mut self, stats: &Stats) {
-        self.runs.add(stats);
-    }
-
-    pub(super) fn answer(&mut self, right: bool) {
-        self.questions += 1;
-        self.correct += right as u64;
-    }
-
-    pub(super) fn row(&self, contender: &Contender, task: Task, texts: &Excerpts) -> Row {
-        Row::new(contender, task, texts, Metrics::of_answers(self.correct, self.questions), &self.runs)
-    }
-}
-
-/// Cache figures of several runs.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Runs {
-    count: f64,
-    stats: Stats,
-}
-
-impl Runs {
-    pub(super) fn add(&mut self, run: &Stats) {
-        self.count += 1.0;
-        let all = &mut self.stats;
-        let fold = |mean: &mut f64, x: f64| *mean += (x - *mean) / self.count;
-        fold(&mut all.mean_bytes, run.mean_bytes);
-        fold(&mut all.mean_live_entries, run.mean_live_entries);
-        fold(&mut all.mean_dense_entries, run.mean_dense_entries);
-        all.sampled_steps += run.sampled_steps;
-        all.peak_bytes = all.peak_bytes.max(run.peak_bytes);
-        all.dense_peak_bytes = all.dense_peak_bytes.max(run.dense_peak_bytes);
-        all.written += run.written;
-        all.evicted += run.evicted;
     }
 }
 
@@ -254,5 +321,6 @@ mod tests {
             assert!(found.is_some_and(near), "{correct}/{questions}: {found:?}");
         }
         assert_eq!((wilson(0, 0), wilson(3, 2)), (None, None));
+        assert_eq!((wilson_of_share(0.25, 8), wilson_of_share(f64::NAN, 8)), (wilson(2, 8), None));
     }
 }

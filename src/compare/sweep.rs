@@ -1,6 +1,6 @@
 //! Budgets at which policies hold the same number of entries.
 
-use super::{Task, check_context, likelihood::scored_tokens, needle, problems::Problem, speed::GENERATED, word_key};
+use super::{Task, check_context, likelihood::scored_tokens, problems::Problem, retrieval, speed::GENERATED};
 use crate::{
     error::{Error, Result},
     policy::{Budget, Evict, LayerCx, NewTokens, Policy},
@@ -135,15 +135,16 @@ impl Step {
 impl Run {
     fn of(task: Task, context: usize) -> Self {
         match task {
-            Task::Ppl | Task::Kl => Self::of_prompt(context, scored_tokens(context) - 1), // the last is scored, not fed
-            Task::Needle | Task::NeedleAware => Self::of_prompt(context, needle::ANSWER),
-            Task::WordKey | Task::WordKeyAware => Self::of_prompt(context, word_key::ANSWER),
+            Task::Ppl | Task::Kl | Task::TokenMatch => Self::of_prompt(context, scored_tokens(context) - 1), // the last is scored, not fed
+            Task::Ask(ask, _) => Self::of_prompt(context, retrieval::decoded(ask, context)),
+            Task::Exam(_) => Self::of_prompt(context, context - (context / 4).min(QUESTION)),
             Task::Speed => Self::of_prompt(context, GENERATED),
             Task::Recall | Task::Chain => Self::of_problems(task, context),
         }
     }
 
     fn of_prompt(context: usize, decoded: usize) -> Self {
+        let decoded = decoded.min(context - 1);
         Self { steps: prompt_and_answer(context - decoded, decoded).collect() }
     }
 
@@ -210,6 +211,9 @@ impl Run {
     }
 }
 
+/// Tokens of a benchmark's question, about; the rest of the context is for the answer.
+const QUESTION: usize = 256;
+
 /// Problems of which the middle one stands for all.
 const PROBLEMS: u64 = 15;
 
@@ -233,6 +237,7 @@ fn one_token(spec: &ModelSpec) -> Result<NewTokens> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::compare::{Ask, Setting};
 
     #[test]
     fn a_run_has_the_shape_of_its_problems() {
@@ -246,10 +251,18 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_to_a_benchmark_fills_its_budget() {
+        let steps = |context| Run::of(Task::Exam(crate::compare::benchmark::Benchmark::Aime), context).steps.len();
+        assert_eq!((steps(16_384), steps(400)), (16_384 - 256 + 1, 301));
+    }
+
+    #[test]
     fn a_budget_is_found_for_every_task() {
         let (registry, spec) = (Registry::standard(), ModelSpec::new(2, 8, 4, 32));
-        for task in [Task::Ppl, Task::Needle, Task::WordKey, Task::WordKeyAware, Task::Recall, Task::Chain, Task::Speed]
-        {
+        let asks =
+            [Ask::Needle, Ask::NeedleMultivalue, Ask::WordKey, Ask::VariableTracking, Ask::CommonWords, Ask::State];
+        let asks = asks.into_iter().map(|ask| Task::Ask(ask, Setting::Before));
+        for task in asks.chain([Task::Ppl, Task::Recall, Task::Chain, Task::Speed]) {
             for text in ["window:sinks=4", "h2o:recent=16", "tova"] {
                 let policy = fit(&registry, text, &spec, task, 1024, 4.0).unwrap();
                 let run = Run::of(task, 1024);

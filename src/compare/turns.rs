@@ -1,38 +1,39 @@
 //! Problems that are read, compressed, and then asked about.
 
 use super::{
-    Contender, Excerpts, Progress, Row, Sample, Sequence, Task,
+    Contender, Excerpts, Log, Sample, Sequence, Task,
     problems::Problem,
-    report::Tally,
-    retrieval::{first_number, greedy},
+    retrieval::{first_number, greedy, last_line},
 };
 use crate::{
     error::{Error, Result},
     stats::Stats,
 };
 
-pub(super) fn run(texts: &Excerpts, task: Task, progress: &mut dyn Progress) -> Result<Vec<Row>> {
-    let mut tallies = vec![Tally::default(); texts.contenders().len()];
+pub(super) fn run(texts: &Excerpts, task: Task, log: &mut Log) -> Result<()> {
     for sample in 0..texts.plan.samples {
+        let contenders = log.lacking(texts, task, sample, 0);
+        if contenders.is_empty() {
+            continue;
+        }
         let asked = Asked::new(texts, task, sample)?;
-        for (contender, tally) in texts.contenders().iter().zip(&mut tallies) {
-            progress.unit(&format!("{task} {} at {}", contender.label, texts.context()));
+        for contender in contenders {
+            log.unit(texts, task, contender);
             let (said, stats) = asked.ask(texts, contender)?;
-            tally.run(&stats);
-            for (ask, Said { prompt, answer }) in asked.turns.iter().zip(said) {
-                let right = is_right(task, &ask.expected, &answer);
-                tally.answer(right);
-                progress.sample(&Sample {
+            let last = said.len() - 1;
+            for (i, (ask, Said { prompt, answer })) in asked.turns.iter().zip(said).enumerate() {
+                log.add(Sample {
                     prompt,
                     expected: Some(ask.expected.clone()),
+                    correct: Some(is_right(task, &ask.expected, &answer)),
                     answer: Some(answer),
-                    correct: Some(right),
-                    ..Sample::new(&task.to_string(), contender, texts.context(), sample)
+                    kv: (i == last).then_some(stats),
+                    ..Sample::new(task, contender, texts.context(), sample)
                 })?;
             }
         }
     }
-    Ok(texts.contenders().iter().zip(&tallies).map(|(contender, tally)| tally.row(contender, task, texts)).collect())
+    Ok(())
 }
 
 /// A problem in tokens.
@@ -148,10 +149,6 @@ fn is_right(task: Task, expected: &str, answer: &str) -> bool {
     }
 }
 
-fn last_line(text: &str) -> &str {
-    text.trim_end_matches('\n').rsplit('\n').next().unwrap_or_default()
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -203,8 +200,8 @@ mod tests {
         let oracle = Oracle::new(true);
         let contenders = vec![Contender { label: "full".into(), policy: Arc::new(Full {}) }];
         let contests = vec![Contest { context: 256, tasks: vec![Task::Ppl, Task::Kl], contenders }];
-        let plan = Plan { contests, samples: 1, seed: 0, text: None };
-        let error = run(&oracle, &plan, &mut Notes::default()).unwrap_err().to_string();
+        let plan = Plan { contests, samples: 1, seed: 0, text: None, exams: vec![], sampling: Default::default() };
+        let error = run(&oracle, &plan, vec![], &mut Notes::default()).unwrap_err().to_string();
         assert!(error.contains("ppl") && error.contains("--text"), "{error}");
     }
 }

@@ -1,6 +1,9 @@
 //! A number in one of many lines, each with a key of two words.
 
-use super::{Excerpts, retrieval::Prompt};
+use super::{
+    Excerpts,
+    retrieval::{Expected, Prompt, largest_fitting},
+};
 use crate::error::{Error, Result};
 use rand::{Rng, rngs::StdRng, seq::index};
 
@@ -15,38 +18,26 @@ pub(super) fn prompt(texts: &Excerpts, sample: usize) -> Result<Prompt> {
     let mut rng = texts.rng(sample);
     let register = Register::new(&mut rng, texts.context() / LEAST_LINE);
     let text = filled(texts, &register)?;
-    Prompt::new(texts, text, &register.question(), register.asked.value.to_string(), ANSWER)
+    let expected = Expected::Number(register.asked.value.to_string());
+    Prompt::new(texts, text, &register.question(), expected, ANSWER)
 }
 
 /// The prompt with as many lines as the context has room for.
 fn filled(texts: &Excerpts, register: &Register) -> Result<String> {
     let context = texts.context();
-    let refuse = |what: String| Error::Config(format!("context={context} {what}"));
+    let refuse = |what: String| Err(Error::Config(format!("context={context} {what}")));
     let text = |others: usize| -> Result<String> {
         Ok(texts.subject.chat(&register.message(others))? + &register.begun_answer())
     };
-    let tokens = |text: &str| Ok::<_, Error>(texts.subject.encode(text)?.len());
+    let tokens = |others: usize| Ok(texts.subject.encode(&text(others)?)?.len() + ANSWER);
     // Beside another line, or nothing is to be told apart.
-    let least = tokens(&text(1)?)? + ANSWER;
-    let room =
-        context.checked_sub(least).ok_or_else(|| refuse("leaves no room for lines around the question".into()))?;
-    let (mut fitting, mut too_many) = (1, register.others.len() + 1);
-    let mut a_line = tokens(&register.asked.text())?.max(1) as f64;
-    while too_many - fitting > 1 {
-        // By what a line has taken so far: a long prompt is encoded a few times only.
-        let guess = (1 + (room as f64 / a_line) as usize).clamp(fitting + 1, too_many - 1);
-        let taken = tokens(&text(guess)?)? + ANSWER;
-        if taken <= context {
-            fitting = guess
-        } else {
-            too_many = guess
+    match largest_fitting(texts, 1..=register.others.len(), tokens)? {
+        None => refuse("leaves no room for lines around the question".into()),
+        Some(others) if others + 1 == KEYS => {
+            refuse(format!("is too long: all {KEYS} keys of word-key do not fill it"))
         }
-        a_line = taken.saturating_sub(least).max(1) as f64 / (guess - 1) as f64;
+        Some(others) => text(others),
     }
-    if fitting + 1 == KEYS {
-        return Err(refuse(format!("is too long: all {KEYS} keys of word-key do not fill it")));
-    }
-    text(fitting)
 }
 
 /// Lines, one of which is asked for.
@@ -96,10 +87,10 @@ impl Line {
     }
 }
 
-const KEYS: usize = ADJECTIVES.len() * NOUNS.len();
+pub(super) const KEYS: usize = ADJECTIVES.len() * NOUNS.len();
 
 /// One of [`KEYS`] different ones.
-fn key(number: usize) -> String {
+pub(super) fn key(number: usize) -> String {
     format!("{}-{}", ADJECTIVES[number % ADJECTIVES.len()], NOUNS[number / ADJECTIVES.len()])
 }
 
@@ -138,7 +129,7 @@ mod tests {
     use super::*;
     use crate::{
         compare::{
-            Sample, Task,
+            Ask, Sample, Setting, Task,
             oracle::{Oracle, play},
         },
         retrofit::facts::Kind,
@@ -202,7 +193,7 @@ mod tests {
         assert_eq!(own.intersection(&trained).collect::<Vec<_>>(), Vec::<&String>::new());
     }
 
-    const BOTH: [Task; 2] = [Task::WordKey, Task::WordKeyAware];
+    const BOTH: [Task; 2] = [Task::Ask(Ask::WordKey, Setting::Before), Task::Ask(Ask::WordKey, Setting::Aware)];
 
     #[test]
     fn a_model_that_knows_answers_everything_right() {
@@ -232,7 +223,7 @@ mod tests {
             play(&oracle, &[task], &[1024]).unwrap();
             let compressed = oracle.compressed.borrow();
             let (with, without): (Vec<_>, Vec<_>) = compressed.iter().partition(|text| text.contains("Tell me"));
-            assert_eq!((with.len(), without.len()), (3, if task == Task::WordKey { 3 } else { 0 }), "{task}");
+            assert_eq!((with.len(), without.len()), (3, if task == BOTH[0] { 3 } else { 0 }), "{task}");
             assert!(without.iter().all(|text| text.ends_with(">\n\n")));
         }
     }
@@ -253,7 +244,7 @@ mod tests {
     fn a_context_that_cannot_be_filled_is_refused_before_anything_runs() {
         let oracle = Oracle::new(true);
         for (contexts, why) in [([1024, 200], "no room"), ([1024, 1_200_000], "too long")] {
-            let error = play(&oracle, &[Task::WordKey], &contexts).unwrap_err().to_string();
+            let error = play(&oracle, &BOTH[..1], &contexts).unwrap_err().to_string();
             assert!(error.contains(&contexts[1].to_string()) && error.contains(why), "{error}");
         }
         assert_eq!(*oracle.most.borrow(), 0);

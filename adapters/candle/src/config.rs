@@ -78,6 +78,13 @@ impl Config {
         spec
     }
 
+    /// Parameters, but for norms and biases.
+    pub fn parameters(&self) -> usize {
+        let Self { hidden, ffn, layers, q_heads, kv_heads, head_dim, vocab, tied, .. } = *self;
+        let block = hidden * (2 * q_heads + 2 * kv_heads) * head_dim + 3 * hidden * ffn;
+        layers * block + vocab * hidden * if tied { 1 } else { 2 }
+    }
+
     /// Reads a Hugging Face `config.json`.
     ///
     /// # Errors

@@ -37,17 +37,15 @@ const PATIENCE: Duration = Duration::from_secs(8);
 /// [`Error::Hub`] with the id and what to do: the id is malformed, the hub is out of reach (known within seconds),
 /// it has no such model or wants a token, or the model has no safetensors weights.
 pub(crate) fn fetch(id: &str) -> Result<PathBuf> {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    // hf-hub panics where there is neither.
-    if variable("HF_HOME").is_none() && std::env::home_dir().is_none() {
-        return Err(Error::Hub(format!("{id}: no home folder to keep models in; set HF_HOME to a folder")));
-    }
-    let offline =
-        variable("HF_HUB_OFFLINE").is_some_and(|value| !["0", "false", "off", "no"].contains(&value.as_str()));
-    let cache = Cache::from_env();
-    let token = variable("HF_TOKEN").or_else(|| cache.token());
-    let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
-    Hub { cache, endpoint: endpoint.trim_end_matches('/').to_owned(), token, offline }.fetch(id)
+    Hub::of_environment(id)?.fetch(id)
+}
+
+/// Fetches `config.json` of `org/name` or `org/name@revision` and says where it is, by the rules of [`fetch`].
+///
+/// # Errors
+/// As [`fetch`].
+pub(crate) fn fetch_config(id: &str) -> Result<PathBuf> {
+    Hub::of_environment(id)?.fetch_config(id)
 }
 
 /// Whether a text has the form of an id.
@@ -63,10 +61,32 @@ struct Hub {
 }
 
 impl Hub {
+    fn of_environment(id: &str) -> Result<Self> {
+        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        // hf-hub panics where there is neither.
+        if variable("HF_HOME").is_none() && std::env::home_dir().is_none() {
+            return Err(Error::Hub(format!("{id}: no home folder to keep models in; set HF_HOME to a folder")));
+        }
+        let offline =
+            variable("HF_HUB_OFFLINE").is_some_and(|value| !["0", "false", "off", "no"].contains(&value.as_str()));
+        let cache = Cache::from_env();
+        let token = variable("HF_TOKEN").or_else(|| cache.token());
+        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
+        Ok(Self { cache, endpoint: endpoint.trim_end_matches('/').to_owned(), token, offline })
+    }
+
+    fn model<'a>(&'a self, id: &'a str, parsed: &Id) -> Model<'a> {
+        let repo = Repo::with_revision(parsed.repo.to_owned(), RepoType::Model, parsed.revision.to_owned());
+        Model { id, hub: self, repo, remote: None }
+    }
+
+    fn fetch_config(&self, id: &str) -> Result<PathBuf> {
+        self.model(id, &Id::parse(id)?).need("config.json")
+    }
+
     fn fetch(&self, id: &str) -> Result<PathBuf> {
         let parsed = Id::parse(id)?;
-        let repo = Repo::with_revision(parsed.repo.to_owned(), RepoType::Model, parsed.revision.to_owned());
-        let mut model = Model { id, hub: self, repo, remote: None };
+        let mut model = self.model(id, &parsed);
         match parsed.file {
             Some(file) => model.need(file),
             None => model.snapshot(),
@@ -432,6 +452,18 @@ mod tests {
         let file = hub(folder.path(), &server.endpoint).fetch("org/name/sub/q4.gguf").unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "GGUF");
         assert_eq!(offline.fetch("org/name/sub/q4.gguf").unwrap(), file);
+    }
+
+    #[test]
+    fn a_configuration_is_fetched_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::start(&[("org/name/resolve/main/config.json", "{\"a\":1}")]);
+        let config = hub(folder.path(), &server.endpoint).fetch_config("org/name").unwrap();
+        assert_eq!(std::fs::read_to_string(&config).unwrap(), "{\"a\":1}");
+        assert!(server.asked.lock().unwrap().iter().all(|path| path.contains("config.json")));
+        let offline = Hub { offline: true, ..hub(folder.path(), &server.endpoint) };
+        assert_eq!(offline.fetch_config("org/name").unwrap(), config);
+        assert!(offline.fetch_config("org/other").unwrap_err().to_string().contains("config.json"));
     }
 
     #[test]

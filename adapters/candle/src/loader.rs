@@ -312,14 +312,14 @@ impl Model {
     }
 }
 
-fn gguf_config(weights: &mut GgufFile) -> Result<Config> {
+pub(crate) fn gguf_config(weights: &mut GgufFile) -> Result<Config> {
     // Llama 3 files carry the divisors of their RoPE frequencies as a tensor.
     let factors = if weights.has("rope_freqs.weight") { Some(weights.tensor("rope_freqs.weight")?) } else { None };
     let factors = factors.map(|factors| factors.flatten_all()?.to_vec1()).transpose()?;
     Config::from_gguf(weights.metadata(), |name| weights.has(name), factors)
 }
 
-fn locate(source: &str) -> Result<PathBuf> {
+pub(crate) fn locate(source: &str) -> Result<PathBuf> {
     let path = Path::new(source);
     if path.exists() {
         return Ok(path.to_path_buf());

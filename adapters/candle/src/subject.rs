@@ -70,4 +70,9 @@ impl Sequence for Session<'_> {
     fn stats(&self) -> Stats {
         Session::stats(self)
     }
+
+    fn held(&self, layer: usize) -> Vec<Vec<u32>> {
+        let heads = 0..self.cache().spec().kv_heads;
+        heads.map(|head| self.cache().held_positions(layer, self.seq(), head)).collect()
+    }
 }

@@ -1,0 +1,75 @@
+//! What is known of a model before its weights are loaded.
+
+use crate::{
+    config::Config,
+    error::{Error, Result},
+    loader::{gguf_config, locate},
+    weights::GgufFile,
+};
+use candle_core::Device;
+use std::path::Path;
+
+/// A model's configuration, and the size of its weights where they are at hand.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shape {
+    /// The configuration.
+    pub config: Config,
+    /// Bytes of a GGUF file, or of the safetensors of a folder.
+    pub weight_bytes: Option<u64>,
+}
+
+impl Shape {
+    /// Of a published shape ([`Config::preset`]), a `config.json` or a folder with one, a GGUF file, or (with the feature
+    /// `hub`) a model of the hub, of which only `config.json` is fetched unless the id names a GGUF file.
+    ///
+    /// # Errors
+    /// Whatever keeps the configuration from being read, naming the file or the field.
+    pub fn of(source: &str) -> Result<Self> {
+        let path = Path::new(source);
+        if !path.exists() {
+            if let Ok(config) = Config::preset(source) {
+                return Ok(Self { config, weight_bytes: None });
+            }
+            #[cfg(feature = "hub")]
+            if !source.starts_with(['.', '/', '~'])
+                && crate::hub::is_id(source)
+                && !source.to_lowercase().contains(".gguf")
+            {
+                return Self::of_json(&crate::hub::fetch_config(source)?);
+            }
+            if !source.contains('/') {
+                // Most likely a preset was meant.
+                return Config::preset(source).map(|config| Self { config, weight_bytes: None });
+            }
+        }
+        let path = locate(source)?;
+        if path.is_dir() {
+            let weight_bytes = safetensors_bytes(&path)?;
+            return Ok(Self { weight_bytes, ..Self::of_json(&path.join("config.json"))? });
+        }
+        if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
+            return Self::of_json(&path);
+        }
+        let config = gguf_config(&mut GgufFile::open(&path, &Device::Cpu, None)?)?;
+        let bytes = std::fs::metadata(&path).map_err(|e| Error::file(&path, e))?.len();
+        Ok(Self { config, weight_bytes: Some(bytes) })
+    }
+
+    fn of_json(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
+        Ok(Self { config: Config::from_json(&text)?, weight_bytes: None })
+    }
+}
+
+/// `None` for a folder without weights.
+fn safetensors_bytes(dir: &Path) -> Result<Option<u64>> {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::file(dir, e))? {
+        let entry = entry.map_err(|e| Error::file(dir, e))?;
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            sum += std::fs::metadata(&path).map_err(|e| Error::file(&path, e))?.len();
+        }
+    }
+    Ok((sum > 0).then_some(sum))
+}
