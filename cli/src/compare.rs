@@ -29,7 +29,7 @@ pub(crate) struct Args {
     policies: Option<String>,
     /// What to measure: ppl, kl, token-match, needle, needle-multikey, needle-multivalue, needle-multiquery, word-key, variable-tracking,
     /// common-words, state, recall, chain, speed, and the benchmarks of --file. From needle to state the policy compresses before it sees the question; with
-    /// -aware behind the name, after [default: ppl,kl,needle,speed; without --model recall].
+    /// -aware behind the name, after [default: ppl,kl,needle,speed; without --model recall,chain].
     #[arg(long)]
     tasks: Option<String>,
     /// Context lengths in tokens.
@@ -39,7 +39,7 @@ pub(crate) struct Args {
     /// without --model and --policies 4].
     #[arg(long, value_delimiter = ',')]
     sweep: Vec<f64>,
-    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 12], or the first questions of
+    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 10], or the first questions of
     /// a benchmark [default: all].
     #[arg(long)]
     samples: Option<usize>,
@@ -88,8 +88,12 @@ const DEFAULTS: Defaults = Defaults {
 };
 
 /// With the model inside the program: done within a minute on two cores.
-const DEMO_DEFAULTS: Defaults =
-    Defaults { tasks: "recall", policies: "full;window:sinks=4;h2o;tova;snapkv;knorm;dms", sweep: &[4.0], samples: 12 };
+const DEMO_DEFAULTS: Defaults = Defaults {
+    tasks: "recall,chain",
+    policies: "full;window:sinks=4;h2o;tova;snapkv;knorm;dms",
+    sweep: &[4.0],
+    samples: 10,
+};
 
 /// The command line, filled in.
 struct Request<'a> {
