@@ -95,7 +95,7 @@ fn speculative() {
 async fn prefixes_are_not_reused() {
     let llama = model("llama");
     let hosting = under("full");
-    let written = || hosting.stats()[0].1.written;
+    let written = || hosting.figures()[0].stats.written;
     let pipeline = load(&*loader(llama.path(), LLAMA, false)).unwrap();
     let method = DefaultSchedulerMethod::Fixed(8.try_into().unwrap());
     let config = SchedulerConfig::DefaultScheduler { method };
@@ -117,6 +117,6 @@ async fn a_full_pool_ends_its_batch_only() {
     let why = generate(&host, &prompt(200), 4).await.unwrap_err();
     assert!(why.contains("the KV pool of 40000 bytes is exhausted"), "{why}");
     assert_eq!(generate(&host, &prompt(20), 4).await.unwrap().len(), 4);
-    let usage = hosting.usage()[0].1;
+    let usage = hosting.figures()[0].usage;
     assert!(usage.bytes_peak <= 40_000, "{usage:?}");
 }
