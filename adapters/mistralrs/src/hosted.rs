@@ -73,7 +73,7 @@ impl Drop for Row {
         let mut passes = self.pool.lock();
         passes.cache.release(self.seq);
         passes.served.running -= 1;
-        passes.cautious &= self.lost.load(Ordering::Relaxed);
+        passes.cautious &= self.lost.load(Ordering::Relaxed); // who ends leaves room
     }
 }
 
@@ -167,7 +167,7 @@ impl Passes {
         let new = step.tokens(q, end_to_end(call.k)?, end_to_end(call.v)?, self.decided.take());
         let y = self.cache.attend(call.layer, step, &new)?;
         if call.layer + 1 == self.cache.spec().layers {
-            self.end(call.rows)?;
+            self.end(call)?;
         }
         Ok(side_by_side(&y, call.q.dims4()?)?)
     }
@@ -192,19 +192,24 @@ impl Passes {
     }
 
     /// An error only where the one sequence that there is does not fit. Others are marked as lost: they fit when the
-    /// rest has ended, or are then known not to.
-    fn end(&mut self, rows: &[State]) -> Result<()> {
+    /// rest has ended, or are then known not to. So are those that grew beyond the model's window: as prompts they are
+    /// refused without their batch.
+    fn end(&mut self, call: &Attend<'_>) -> Result<()> {
         let Some(step) = self.step.take() else { return Ok(()) };
         self.served.count(&step, self.began.elapsed());
-        let lost = self.cache.end(step);
-        self.cautious |= !lost.is_empty();
-        for (seq, error) in lost {
+        let beyond = step.spans().iter().filter(|span| call.sliding_window.is_some_and(|window| span.seen() > window));
+        let mut lost: Vec<SeqId> = beyond.map(|span| span.seq).collect();
+        let without_room = self.cache.end(step);
+        self.cautious |= !without_room.is_empty();
+        for (seq, error) in without_room {
             if self.served.running == 1 {
                 return Err(error.into());
             }
+            lost.push(seq);
+        }
+        for row in call.rows.iter().filter_map(|state| row_of(state).ok()).filter(|row| lost.contains(&row.seq)) {
+            row.lost.store(true, Ordering::Relaxed);
             self.served.set_aside += 1;
-            let row = rows.iter().filter_map(|state| row_of(state).ok()).find(|row| row.seq == seq);
-            row.iter().for_each(|row| row.lost.store(true, Ordering::Relaxed));
         }
         Ok(())
     }
@@ -254,7 +259,8 @@ fn check_attention(call: &Attend<'_>, head_dim: usize, step: &Step) -> Result<()
     if let Some(cap) = call.softcap {
         return Err(Error::Model(format!("its attention is capped at {cap}, which policies do not")));
     }
-    let seen = step.spans().iter().map(|span| span.seen()).max().unwrap_or(0);
+    let prompts = step.spans().iter().filter(|span| span.phase != Phase::Decode);
+    let seen = prompts.map(|span| span.seen()).max().unwrap_or(0);
     match call.sliding_window {
         Some(window) if seen > window => {
             Err(Error::Model(format!("it attends to {window} tokens only, which policies do not: {seen} are too many")))

@@ -48,6 +48,8 @@ async fn batches() {
     a_lost_prompt_starts_over(&llama).await;
     who_leaves_gives_room(&llama).await;
     who_leaves_at_the_last_moment_harms_nobody(&llama).await;
+    who_leaves_before_an_error_harms_nobody(&llama).await;
+    what_a_model_cannot_read_ends_alone().await;
 }
 
 /// Prompts of some lengths, two of them equal, and what each generates.
@@ -223,6 +225,49 @@ async fn who_leaves_at_the_last_moment_harms_nobody(dir: &TempDir) {
     }
     same("beside one that leaves", &answers, &alone, 1e-5);
     ended(&hosting).await;
+}
+
+kvpolicy::policy_params! {
+    /// Keeps everything, and reads a prompt of 300 tokens only when its client has left.
+    struct Waits = "waits", paper "none: a test" {}
+}
+
+static LEAVES: Mutex<Vec<Asked>> = Mutex::new(Vec::new());
+
+impl Policy for Waits {
+    fn on_write(&self, cx: &LayerCx, new: &NewTokens) -> kvpolicy::Result<Verdict> {
+        let waits = cx.layer == 0 && new.positions.elem_count() == 300;
+        while waits && LEAVES.lock().unwrap().pop().is_none() {
+            std::thread::yield_now();
+        }
+        Ok(Verdict::KEEP)
+    }
+}
+
+/// The host tells whoever is in a step that fails.
+async fn who_leaves_before_an_error_harms_nobody(dir: &TempDir) {
+    let (_, host) = host(&*loader(dir.path(), LLAMA, false), Arc::new(Waits {}), Some(12 * ROWS)).await;
+    let leaves = ask(&host, &prompt(300), 4, |_| {}).await;
+    let stays = ask(&host, &prompt(20), 4, |_| {}).await;
+    LEAVES.lock().unwrap().push(leaves);
+    assert_eq!(stays.answer().await.unwrap().len(), 4);
+}
+
+/// Qwen2 hands its window to attention. One prompt is too long for it, one sequence grows too long.
+async fn what_a_model_cannot_read_ends_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    write(&endless("qwen2", json!({"sliding_window": 40})), dir.path());
+    let (_, host) = host(&*loader(dir.path(), NormalLoaderType::Qwen2, false), policy("full"), None).await;
+    let mut requests: Vec<_> = [10, 12].map(|length| (prompt(length), 26)).to_vec();
+    let alone = one_by_one(&host, &requests).await;
+    requests.insert(1, (prompt(50), 4));
+    requests.insert(1, (prompt(30), 20));
+    let mut answers = together(&host, &requests).await;
+    for _ in 0..2 {
+        let why = answers.remove(1).unwrap_err();
+        assert!(why.contains("it attends to 40 tokens only"), "{why}");
+    }
+    same("beside what is too long", &answers, &alone, 1e-5);
 }
 
 /// At this token of the request that it watches, the client that was sent leaves.

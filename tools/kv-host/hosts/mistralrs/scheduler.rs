@@ -79,10 +79,11 @@ impl PolicyScheduler {
         while let Some(next) = self.waiting.front() {
             let tokens = next.get_toks().len();
             let beside = prompts.first().or(self.running.first());
-            let alike = prompts.first().is_none_or(|prompt| prompt.get_toks().len() == tokens)
-                && beside.is_none_or(|other| other.return_raw_logits == next.return_raw_logits);
-            let fits = beside.is_none() || self.policy.can_begin(&running, prompts.len() + 1, tokens);
-            if self.running.len() + prompts.len() == self.most || !alike || !fits {
+            let may = self.running.len() + prompts.len() < self.most
+                && prompts.first().is_none_or(|prompt| prompt.get_toks().len() == tokens)
+                && beside.is_none_or(|other| other.return_raw_logits == next.return_raw_logits)
+                && (beside.is_none() || self.policy.can_begin(&running, prompts.len() + 1, tokens));
+            if !may {
                 break;
             }
             next.set_state(SequenceState::RunningPrompt);
