@@ -20,10 +20,9 @@ pub(crate) fn text(served: &Served) -> Result<String, fmt::Error> {
 }
 
 /// Name, meaning, unit, value.
-type Gauge = (&'static str, &'static str, Option<Unit>, fn(&Figures) -> f64);
-type Counter = (&'static str, &'static str, fn(&Figures) -> u64);
+type Metric = (&'static str, &'static str, Option<Unit>, fn(&Figures) -> f64);
 
-const GAUGES: [Gauge; 8] = [
+const GAUGES: [Metric; 7] = [
     ("running_sequences", "Sequences that hold a place in the cache", None, |f| f.served.running as f64),
     ("live_tokens", "Tokens held: the mean over layers and KV heads", None, |f| {
         f.usage.live_entries as f64 / f.entries_per_token as f64
@@ -37,19 +36,25 @@ const GAUGES: [Gauge; 8] = [
     ("compression", "Entries of a dense cache for one that is held: mean over all steps", None, |f| {
         f.stats.compression()
     }),
-    ("decode", "Time of passes that decode: decoded_tokens_total over it is the rate", Some(Unit::Seconds), |f| {
-        f.served.decode_seconds
-    }),
 ];
 
-const COUNTERS: [Counter; 7] = [
-    ("written_entries", "Keys written, one a token, layer and KV head", |f| f.usage.written),
-    ("evicted_entries", "Keys that the policy dropped", |f| f.usage.evicted),
-    ("prompt_tokens", "Tokens of prompts, read again where a sequence started over", |f| f.served.prompt_tokens),
-    ("decoded_tokens", "Tokens read one at a time", |f| f.served.decoded_tokens),
-    ("decode_steps", "Passes that decoded", |f| f.served.decode_steps),
-    ("admission_waits", "Steps in which a prompt waited for memory", |f| f.served.waits),
-    ("set_aside", "Times that a sequence lost its memory to others, to start over", |f| f.served.set_aside),
+const COUNTERS: [Metric; 8] = [
+    ("written_tokens", "Tokens written: the mean over layers and KV heads", None, |f| {
+        f.usage.written as f64 / f.entries_per_token as f64
+    }),
+    ("evicted_tokens", "Tokens that the policy dropped: the mean over layers and KV heads", None, |f| {
+        f.usage.evicted as f64 / f.entries_per_token as f64
+    }),
+    ("prompt_tokens", "Tokens of prompts, read again where a sequence started over", None, |f| {
+        f.served.prompt_tokens as f64
+    }),
+    ("decoded_tokens", "Tokens read one at a time", None, |f| f.served.decoded_tokens as f64),
+    ("decode_steps", "Passes that decoded", None, |f| f.served.decode_steps as f64),
+    ("decode", "Time of passes that decoded", Some(Unit::Seconds), |f| f.served.decode_seconds),
+    ("admission_waits", "Steps in which a prompt waited for memory", None, |f| f.served.waits as f64),
+    ("set_aside", "Times that a sequence lost its memory to others, to start over", None, |f| {
+        f.served.set_aside as f64
+    }),
 ];
 
 impl Collector for Served {
@@ -61,8 +66,8 @@ impl Collector for Served {
                 ConstGauge::new(value(figures)).encode(metric.encode_family(policy)?)?;
             }
         }
-        for (name, help, value) in COUNTERS {
-            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (name, help, unit, value) in COUNTERS {
+            let mut metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
             for (policy, figures) in &all {
                 ConstCounter::new(value(figures)).encode(metric.encode_family(policy)?)?;
             }
