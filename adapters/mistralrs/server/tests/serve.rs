@@ -6,11 +6,7 @@ mod common;
 
 use bytesize::ByteSize;
 use candle_core::DType;
-use common::{
-    endless,
-    tiny::{self, Tiny},
-    write,
-};
+use common::{endless, write};
 use futures::{StreamExt, future::join_all};
 use kvpolicy_mistralrs::Figures;
 use kvpolicy_serve::{Options, Served, router};
@@ -33,15 +29,6 @@ struct Server {
     model: TempDir,
 }
 
-/// A model that writes ASCII: mistral.rs does not end a stream whose last character is incomplete.
-fn readable() -> Tiny {
-    let mut tiny = endless("llama", json!({}));
-    let head = tiny.tensors.get_mut("lm_head.weight").unwrap();
-    let never = head.narrow(0, 128, tiny::VOCAB - 128).unwrap().zeros_like().unwrap();
-    *head = head.slice_assign(&[128..tiny::VOCAB, 0..tiny::HIDDEN], &never).unwrap();
-    tiny
-}
-
 fn options(model: PathBuf, policies: &[&str], kv_memory: Option<u64>) -> Options {
     let policies = policies.iter().map(|text| text.to_string()).collect();
     let (kv_memory, max_sequences) = (kv_memory.map(ByteSize::b), 64.try_into().unwrap());
@@ -51,7 +38,7 @@ fn options(model: PathBuf, policies: &[&str], kv_memory: Option<u64>) -> Options
 impl Server {
     async fn start(policies: &[&str], kv_memory: Option<u64>) -> Self {
         let model = tempfile::tempdir().unwrap();
-        write(&readable(), model.path());
+        write(&endless("llama", json!({})), model.path()); // many of its streams end within a character
         let served = Served::load(&options(model.path().into(), policies, kv_memory)).await.unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
