@@ -18,12 +18,24 @@ pub struct Usage {
     pub bytes_reserved: u64,
     /// The most that may be reserved; `None` for no limit.
     pub bytes_limit: Option<u64>,
+    /// Entries of one page, all of one row.
+    pub page_entries: u64,
+    /// Bytes of one page.
+    pub page_bytes: u64,
     /// Entries written since the store was made.
     pub written: u64,
     /// Entries dropped by the policy since the store was made (not by the end of a sequence).
     pub evicted: u64,
     /// Bytes of one token's keys and values over all layers and KV heads: what a dense cache grows by.
     pub dense_bytes_per_token: u64,
+}
+
+impl Usage {
+    /// Pages that may still be taken, reserved or not; `None` for no limit.
+    pub fn pages_left(&self) -> Option<u64> {
+        let limit = self.bytes_limit?.checked_div(self.page_bytes)?;
+        Some(limit.saturating_sub(self.pages_in_use))
+    }
 }
 
 /// A run: figures over the steps that end in a token (the last chunk of a prefill, and each decode step).

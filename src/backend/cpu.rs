@@ -328,6 +328,8 @@ impl<E: Element> Storage for Cpu<E> {
             bytes_peak: self.pool.pages_peak() * self.pool.page_bytes(),
             bytes_reserved: self.pool.pages_reserved() * self.pool.page_bytes(),
             bytes_limit: self.pool.limit(),
+            page_entries: self.pool.page_size as u64,
+            page_bytes: self.pool.page_bytes(),
             written: self.written,
             evicted: self.evicted,
             dense_bytes_per_token: (self.spec.layers * self.spec.kv_heads * kv) as u64,

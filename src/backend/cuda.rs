@@ -535,6 +535,8 @@ impl Storage for Cuda {
             bytes_peak: bytes(store.pages - counters.least_free),
             bytes_reserved: bytes(store.pages),
             bytes_limit: Some(self.memory.limit),
+            page_entries: 1 << store.page_shift,
+            page_bytes: self.memory.page_bytes,
             written: counters.written,
             evicted: counters.evicted,
             dense_bytes_per_token: (self.spec.layers * self.spec.kv_heads * kv) as u64,

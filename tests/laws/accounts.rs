@@ -116,7 +116,10 @@ impl World {
         assert_eq!(live.collect::<Vec<_>>(), lens);
         let pages: usize = lens.iter().map(|len| len.div_ceil(self.page_size)).sum();
         assert_eq!(usage.pages_in_use, pages as u64);
+        assert_eq!((usage.page_entries, usage.page_bytes), (self.page_size as u64, self.page_bytes));
         assert_eq!(usage.bytes_in_use, usage.pages_in_use * self.page_bytes);
+        let limit = usage.bytes_limit.map(|limit| limit / self.page_bytes);
+        assert_eq!(usage.pages_left(), limit.map(|pages| pages - usage.pages_in_use));
         assert!(usage.bytes_reserved >= usage.bytes_in_use);
         assert_eq!(usage.bytes_reserved % self.page_bytes, 0);
         assert!(usage.bytes_limit.is_none_or(|limit| usage.bytes_reserved <= limit));

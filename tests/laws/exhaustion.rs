@@ -121,6 +121,7 @@ fn room_that_was_given_back_can_be_used_again() {
     play.run(&[vec![(half, LARGE / 2, LAST)]]);
     assert_eq!(play.rows(half), vec![Vec::from_iter(0..LARGE / 2); 6]);
     // Every page is taken now.
+    assert_eq!(play.cache.usage().pages_left(), Some(0));
     let one_more = play.add(Stream::random(&spec(), 1, 4));
     let seq = play.actors[one_more].seq;
     assert_eq!(dropped_in(&play.step(&[(one_more, 1, LAST)]), seq), 0);

@@ -1,11 +1,20 @@
 //! One model of the host: its passes as steps of a cache.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    room,
+};
 use candle_core::Tensor;
 use kvpolicy::{KvCache, Phase, SeqId, Step};
 use kvpolicy_candle::{Config, Gates};
 use mistralrs_core::kv_policy::{Attend, KvPolicy, State};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 /// The cache of one model, shared with its sequences.
 #[derive(Debug)]
@@ -15,10 +24,33 @@ pub(crate) struct Pool(Mutex<Passes>);
 #[derive(Debug)]
 pub(crate) struct Passes {
     pub(crate) cache: KvCache,
+    pub(crate) served: Served,
     /// The pass that is under way.
     step: Option<Step>,
+    began: Instant,
     /// What the gates say of a layer's new tokens, f32 `[tokens, kv_heads]`, until the layer attends.
     decided: Option<Tensor>,
+    /// A sequence was lost and none has ended since: what evicts less than expected is taken to evict nothing.
+    cautious: bool,
+}
+
+/// What a model has served so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Served {
+    /// Sequences that hold a place in the cache now.
+    pub running: u64,
+    /// Tokens of prompts, those of sequences that started over included.
+    pub prompt_tokens: u64,
+    /// Tokens read one at a time: all that were generated but the first of each sequence.
+    pub decoded_tokens: u64,
+    /// Passes that decoded.
+    pub decode_steps: u64,
+    /// Seconds of those passes, from the first layer's attention to the last's.
+    pub decode_seconds: f64,
+    /// Steps in which the oldest waiting prompt did not begin for want of memory.
+    pub waits: u64,
+    /// Times that a sequence lost its memory to others, to start over later.
+    pub set_aside: u64,
 }
 
 impl Pool {
@@ -32,11 +64,16 @@ impl Pool {
 struct Row {
     seq: SeqId,
     pool: Arc<Pool>,
+    /// The cache dropped it for want of memory.
+    lost: AtomicBool,
 }
 
 impl Drop for Row {
     fn drop(&mut self) {
-        self.pool.lock().cache.release(self.seq);
+        let mut passes = self.pool.lock();
+        passes.cache.release(self.seq);
+        passes.served.running -= 1;
+        passes.cautious &= self.lost.load(Ordering::Relaxed); // who ends leaves room
     }
 }
 
@@ -50,8 +87,9 @@ pub(crate) struct Hosted {
 
 impl Hosted {
     pub(crate) fn new(cache: KvCache, gates: Option<Gates>, config: Config) -> Self {
-        let pool = Arc::new(Pool(Mutex::new(Passes { cache, step: None, decided: None })));
-        Self { pool, gates, config }
+        let (served, began) = (Served::default(), Instant::now());
+        let passes = Passes { cache, served, step: None, began, decided: None, cautious: false };
+        Self { pool: Arc::new(Pool(Mutex::new(passes))), gates, config }
     }
 
     pub(crate) fn pool(&self) -> &Arc<Pool> {
@@ -61,8 +99,9 @@ impl Hosted {
 
 impl KvPolicy for Hosted {
     fn open(&self, _prompt_tokens: usize) -> candle_core::Result<State> {
-        let seq = self.pool.lock().cache.open();
-        Ok(Arc::new(Row { seq, pool: self.pool.clone() }))
+        let mut passes = self.pool.lock();
+        passes.served.running += 1;
+        Ok(Arc::new(Row { seq: passes.cache.open(), pool: self.pool.clone(), lost: AtomicBool::new(false) }))
     }
 
     fn observe_hidden(&self, layer: usize, hidden: &Tensor) -> candle_core::Result<()> {
@@ -88,6 +127,31 @@ impl KvPolicy for Hosted {
         }
         y.map_err(candle_core::Error::wrap)
     }
+
+    fn lost(&self, state: &State) -> bool {
+        row_of(state).is_ok_and(|row| row.lost.load(Ordering::Relaxed))
+    }
+
+    fn can_decode(&self, running: &[State]) -> bool {
+        let mut passes = self.pool.lock();
+        let sequences = running.iter().filter_map(|state| Some(row_of(state).ok()?.seq));
+        let enough = room::suffices(&passes.cache, room::next_tokens(&passes.cache, sequences));
+        passes.served.set_aside += !enough as u64;
+        enough
+    }
+
+    fn can_begin(&self, running: &[State], prompts: usize, tokens: usize) -> bool {
+        let mut passes = self.pool.lock();
+        let needed = prompts as u64 * room::prompt(&passes.cache, tokens, passes.cautious)
+            + (running.len() + prompts) as u64 * room::growth(&passes.cache);
+        let enough = room::suffices(&passes.cache, needed);
+        passes.served.waits += (prompts == 1 && !enough) as u64;
+        enough
+    }
+}
+
+fn row_of(state: &State) -> Result<&Row> {
+    state.downcast_ref().ok_or_else(|| Error::Host("passed another policy's state".into()))
 }
 
 impl Passes {
@@ -103,7 +167,7 @@ impl Passes {
         let new = step.tokens(q, end_to_end(call.k)?, end_to_end(call.v)?, self.decided.take());
         let y = self.cache.attend(call.layer, step, &new)?;
         if call.layer + 1 == self.cache.spec().layers {
-            self.end()?;
+            self.end(call)?;
         }
         Ok(side_by_side(&y, call.q.dims4()?)?)
     }
@@ -113,7 +177,7 @@ impl Passes {
         let tokens = call.q.dim(2)?;
         let mut work = Vec::with_capacity(call.rows.len());
         for (state, &offset) in call.rows.iter().zip(call.offsets) {
-            let row = state.downcast_ref::<Row>().ok_or_else(|| Error::Host("passed another policy's state".into()))?;
+            let row = row_of(state)?;
             let seen = self.cache.seen(row.seq)?;
             if seen != offset {
                 return Err(Error::Host(format!("goes on at token {offset} of a sequence of {seen}")));
@@ -122,13 +186,32 @@ impl Passes {
             let phase = if tokens == 1 && seen > 0 { Phase::Decode } else { Phase::Prefill { last: true } };
             work.push((row.seq, tokens, phase));
         }
+        self.began = Instant::now();
         self.step = Some(self.cache.begin(&work)?);
         Ok(())
     }
 
-    fn end(&mut self) -> Result<()> {
-        let lost = self.step.take().map(|step| self.cache.end(step)).unwrap_or_default();
-        lost.into_iter().next().map_or(Ok(()), |(_, error)| Err(error.into()))
+    /// An error only where the one sequence that there is does not fit. Others are marked as lost: they fit when the
+    /// rest has ended, or are then known not to. So are those that grew beyond the model's window: as prompts they are
+    /// refused without their batch.
+    fn end(&mut self, call: &Attend<'_>) -> Result<()> {
+        let Some(step) = self.step.take() else { return Ok(()) };
+        self.served.count(&step, self.began.elapsed());
+        let beyond = step.spans().iter().filter(|span| call.sliding_window.is_some_and(|window| span.seen() > window));
+        let mut lost: Vec<SeqId> = beyond.map(|span| span.seq).collect();
+        let without_room = self.cache.end(step);
+        self.cautious |= !without_room.is_empty();
+        for (seq, error) in without_room {
+            if self.served.running == 1 {
+                return Err(error.into());
+            }
+            lost.push(seq);
+        }
+        for row in call.rows.iter().filter_map(|state| row_of(state).ok()).filter(|row| lost.contains(&row.seq)) {
+            row.lost.store(true, Ordering::Relaxed);
+            self.served.set_aside += 1;
+        }
+        Ok(())
     }
 
     /// Drops what is under way, if anything is.
@@ -136,6 +219,19 @@ impl Passes {
         if let Some(step) = self.step.take() {
             self.cache.abort(step);
         }
+    }
+}
+
+impl Served {
+    /// The host decodes in passes of their own.
+    fn count(&mut self, step: &Step, took: Duration) {
+        if step.spans().iter().any(|span| span.phase != Phase::Decode) {
+            self.prompt_tokens += step.len() as u64;
+            return;
+        }
+        self.decoded_tokens += step.len() as u64;
+        self.decode_steps += 1;
+        self.decode_seconds += took.as_secs_f64();
     }
 }
 
@@ -163,7 +259,8 @@ fn check_attention(call: &Attend<'_>, head_dim: usize, step: &Step) -> Result<()
     if let Some(cap) = call.softcap {
         return Err(Error::Model(format!("its attention is capped at {cap}, which policies do not")));
     }
-    let seen = step.spans().iter().map(|span| span.seen()).max().unwrap_or(0);
+    let prompts = step.spans().iter().filter(|span| span.phase != Phase::Decode);
+    let seen = prompts.map(|span| span.seen()).max().unwrap_or(0);
     match call.sliding_window {
         Some(window) if seen > window => {
             Err(Error::Model(format!("it attends to {window} tokens only, which policies do not: {seen} are too many")))

@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    hosted::{Hosted, Pool},
+    hosted::{Hosted, Pool, Served},
     spec::{config_of, gates_of},
 };
 use candle_core::DType;
@@ -49,21 +49,36 @@ pub fn register(policy: Arc<dyn Policy>, options: &CacheOptions) -> Arc<Hosting>
     hosting
 }
 
+/// How a model under a policy fares.
+#[derive(Debug, Clone)]
+pub struct Figures {
+    /// The name it was loaded with.
+    pub id: String,
+    /// Its policy.
+    pub policy: Arc<dyn Policy>,
+    /// What its store holds now.
+    pub usage: Usage,
+    /// Figures over all of its steps so far.
+    pub stats: Stats,
+    /// What it has served so far.
+    pub served: Served,
+    /// Entries of one token: its KV heads over all layers.
+    pub entries_per_token: u64,
+}
+
 impl Hosting {
-    /// Figures of each model over all of its steps so far, by the name it was loaded with.
-    pub fn stats(&self) -> Vec<(String, Stats)> {
-        self.each(|cache| cache.stats())
-    }
-
-    /// What each model's store holds now, by the name it was loaded with.
-    pub fn usage(&self) -> Vec<(String, Usage)> {
-        self.each(|cache| cache.usage())
-    }
-
-    fn each<T>(&self, ask: impl Fn(&KvCache) -> T) -> Vec<(String, T)> {
+    /// Figures of every model that lives, in the order they were loaded.
+    pub fn figures(&self) -> Vec<Figures> {
         let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
         let living = models.iter().filter_map(|(id, pool)| Some((id.clone(), pool.upgrade()?)));
-        living.map(|(id, pool)| (id, ask(&pool.lock().cache))).collect()
+        let ask = |(id, pool): (String, Arc<Pool>)| {
+            let passes = pool.lock();
+            let (cache, served) = (&passes.cache, passes.served);
+            let entries_per_token = (cache.spec().layers * cache.spec().kv_heads) as u64;
+            let (policy, usage, stats) = (cache.policy().clone(), cache.usage(), cache.stats());
+            Figures { id, policy, usage, stats, served, entries_per_token }
+        };
+        living.map(ask).collect()
     }
 
     fn host(&self, model: &Model) -> Result<Hosted> {

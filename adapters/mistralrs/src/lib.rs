@@ -8,8 +8,8 @@
 //! let policy = kvpolicy::Registry::standard().parse("tova:budget=25%")?;
 //! let hosting = kvpolicy_mistralrs::register(policy, &Default::default());
 //! // ... load a model and generate as ever, with `mistralrs` or `mistralrs-core`
-//! for (model, stats) in hosting.stats() {
-//!     println!("{model}: compression {:.1}x", stats.compression());
+//! for model in hosting.figures() {
+//!     println!("{}: compression {:.1}x", model.id, model.stats.compression());
 //! }
 //! # Ok(())
 //! # }
@@ -21,8 +21,13 @@
 //! # What changes in the host
 //!
 //! PagedAttention and the prefix cache are off for a model under a policy. Tensor parallelism, X-LoRA, AnyMoE, speculative
-//! decoding, other architectures and layers with a sliding window are refused when the model is loaded. A sequence that the
-//! pool has no memory for ends its batch with the reason.
+//! decoding, other architectures and layers with a sliding window are refused when the model is loaded.
+//!
+//! Sequences of every length decode in one pass. The next prompt begins when the pool has room for what the policy will
+//! keep of it and for every sequence to grow by a page a row. Where room runs out all the same, the youngest sequence gives
+//! its memory up and starts over later, from its prompt and what it has generated: under a policy that ranks, what it then
+//! holds may differ from before. A sequence that does not fit into an empty pool ends with an error that says so. Sequences
+//! whose client has left end at the next step.
 //!
 //! # Gates
 //!
@@ -32,8 +37,10 @@
 mod error;
 mod hosted;
 mod hosting;
+mod room;
 mod spec;
 
 pub use error::{Error, Result};
-pub use hosting::{CacheOptions, Hosting, register};
+pub use hosted::Served;
+pub use hosting::{CacheOptions, Figures, Hosting, register};
 pub use mistralrs_core::kv_policy::unregister;

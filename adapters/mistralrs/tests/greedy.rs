@@ -8,8 +8,9 @@ use common::{
     by_candle, by_host, endless, generate, gguf_loader, greedy, load, loader, max_difference, policy, prompt, start,
     write,
 };
-use kvpolicy_mistralrs::unregister;
-use mistralrs_core::{Loader, NormalLoaderType};
+use kvpolicy_mistralrs::{CacheOptions, register, unregister};
+use mistralrs::{RequestBuilder, TextMessageRole, TextModelBuilder};
+use mistralrs_core::{Loader, ModelDType, NormalLoaderType};
 use serde_json::json;
 use std::path::Path;
 
@@ -29,6 +30,25 @@ async fn runtimes_agree() {
         tiny.write_gguf(&file, GgmlDType::Q8_0);
         agree(&format!("{arch} file"), &file, &*gguf_loader(&file), 0.0).await;
     }
+    the_facade_runs_it().await;
+}
+
+/// The `mistralrs` crate as it is published, on the patched core.
+async fn the_facade_runs_it() {
+    let dir = tempfile::tempdir().unwrap();
+    write(&endless("llama", json!({"architectures": ["LlamaForCausalLM"]})), dir.path());
+    let path = dir.path().display().to_string();
+    let mut answers = vec![];
+    for text in ["full", "window:size=8"] {
+        let hosting = register(policy(text), &CacheOptions::default());
+        let model = TextModelBuilder::new(&path).with_force_cpu().with_dtype(ModelDType::F32).build().await.unwrap();
+        let request = RequestBuilder::new().set_deterministic_sampler().set_sampler_max_len(20);
+        let answer = model.send_chat_request(request.add_message(TextMessageRole::User, "hello there")).await.unwrap();
+        assert_eq!(answer.usage.completion_tokens, 20);
+        assert_eq!(hosting.figures()[0].usage.evicted > 0, text != "full");
+        answers.push(answer.choices[0].message.content.clone().unwrap());
+    }
+    assert_ne!(answers[0], answers[1], "the policy must matter");
 }
 
 /// `apart`: how far logits may be from the candle adapter's, and under `full` from those of the host's own cache.

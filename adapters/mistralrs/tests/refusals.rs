@@ -3,11 +3,13 @@
 
 mod common;
 
+use candle_core::Device;
 use common::{endless, generate, load, loader, policy, prompt, start, write};
 use kvpolicy_mistralrs::{CacheOptions, Hosting, register, unregister};
 use mistralrs_core::{
-    DefaultSchedulerMethod, Loader, MistralRsBuilder, NormalLoaderType, SchedulerConfig, SpeculativeConfig,
-    SpeculativePipeline,
+    AdapterPaths, AnyMoeLoader, DefaultSchedulerMethod, DeviceMapSetting, Loader, LocalModelPaths, MemoryGpuConfig,
+    MistralRsBuilder, ModelDType, ModelPaths, NormalLoaderBuilder, NormalLoaderType, NormalSpecificConfig, Ordering,
+    PagedAttentionConfig, PagedCacheType, SchedulerConfig, SpeculativeConfig, SpeculativePipeline, TokenSource,
 };
 use serde_json::{Value, json};
 use std::{path::Path, sync::Arc};
@@ -40,6 +42,8 @@ fn refusal(loader: &dyn Loader) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_one_reason_each() {
     loaders().await;
+    adapters_and_experts();
+    paged_attention_is_off().await;
     speculative();
     prefixes_are_not_reused().await;
     a_full_pool_ends_its_batch_only().await;
@@ -76,6 +80,61 @@ async fn loaders() {
     assert!(why.contains("it attends to 32 tokens only, which policies do not: 33 are too many"), "{why}");
 }
 
+fn adapters_and_experts() {
+    let llama = model("llama");
+    let (dir, path) = (llama.path().display().to_string(), |name: &str| llama.path().join(name));
+    let builder = NormalLoaderBuilder::new(NormalSpecificConfig::default(), None, None, Some(dir), false, None);
+    let order = Ordering { adapters: None, layers: None, base_model_id: "tiny".into(), preload_adapters: None };
+    let xlora = builder.with_xlora("adapters".into(), order, false, None).build(Some(LLAMA)).unwrap();
+    let weights = vec![path("model.safetensors")]; // the adapters' own would come from the hub
+    let (tokenizer, config) = (path("tokenizer.json"), path("config.json"));
+    let template = path("tokenizer_config.json");
+    let paths: Box<dyn ModelPaths> = Box::new(LocalModelPaths::new(
+        tokenizer,
+        config,
+        template,
+        weights,
+        AdapterPaths::None,
+        None,
+        None,
+        None,
+        None,
+    ));
+    under("full");
+    let (dtype, mapper) = (ModelDType::F32, DeviceMapSetting::dummy());
+    let loaded = xlora.load_model_from_path(&paths, &dtype, &Device::Cpu, true, mapper, None, None);
+    let why = loaded.map(|_| ()).unwrap_err().to_string();
+    assert!(why.ends_with("cannot run under a KV policy: X-LoRA is not supported"), "{why}");
+
+    let config = json!({"hidden_size": 64, "expert_type": "fine_tuned"});
+    let experts = AnyMoeLoader {
+        target: loader(llama.path(), LLAMA, false),
+        config: serde_json::from_value(config).unwrap(),
+        path: "no inputs".into(),
+        prefix: "model.layers".into(),
+        mlp: "mlp".into(),
+        model_ids: vec![],
+        layers: vec![],
+    };
+    let why = refusal(&experts);
+    assert!(why.ends_with("cannot run under a KV policy: AnyMoE runs it outside of steps"), "{why}");
+}
+
+/// A model under a policy comes without the blocks that were asked for, so that the host takes another scheduler.
+async fn paged_attention_is_off() {
+    let llama = model("llama");
+    under("full");
+    let blocks = PagedAttentionConfig::new(Some(32), MemoryGpuConfig::ContextSize(256), PagedCacheType::Auto).unwrap();
+    let (dtype, mapper) = (ModelDType::F32, DeviceMapSetting::dummy());
+    let loader = loader(llama.path(), LLAMA, false);
+    let loaded =
+        loader.load_model_from_hf(None, TokenSource::None, &dtype, &Device::Cpu, true, mapper, None, Some(blocks));
+    let pipeline = loaded.unwrap();
+    assert!(pipeline.lock().await.get_metadata().cache_config.is_none());
+    let host = start(pipeline).await;
+    assert_eq!(generate(&host, &prompt(20), 4).await.unwrap().len(), 4);
+}
+
 fn speculative() {
     let llama = model("llama");
     unregister();
@@ -95,7 +154,7 @@ fn speculative() {
 async fn prefixes_are_not_reused() {
     let llama = model("llama");
     let hosting = under("full");
-    let written = || hosting.stats()[0].1.written;
+    let written = || hosting.figures()[0].stats.written;
     let pipeline = load(&*loader(llama.path(), LLAMA, false)).unwrap();
     let method = DefaultSchedulerMethod::Fixed(8.try_into().unwrap());
     let config = SchedulerConfig::DefaultScheduler { method };
@@ -117,6 +176,6 @@ async fn a_full_pool_ends_its_batch_only() {
     let why = generate(&host, &prompt(200), 4).await.unwrap_err();
     assert!(why.contains("the KV pool of 40000 bytes is exhausted"), "{why}");
     assert_eq!(generate(&host, &prompt(20), 4).await.unwrap().len(), 4);
-    let usage = hosting.usage()[0].1;
+    let usage = hosting.figures()[0].usage;
     assert!(usage.bytes_peak <= 40_000, "{usage:?}");
 }

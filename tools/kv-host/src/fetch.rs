@@ -54,6 +54,7 @@ fn metadata(manifest: &Path, options: &[&str]) -> std::result::Result<serde_json
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(&cargo);
     command.args(["metadata", "--format-version", "1", "--manifest-path"]).arg(manifest).args(options);
+    command.current_dir(manifest.parent().unwrap_or(manifest)); // cargo reads the configuration of where it runs
     let output = command.output().map_err(|error| format!("{}: {error}", cargo.to_string_lossy()))?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).trim().to_string());

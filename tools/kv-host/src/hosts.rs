@@ -36,6 +36,7 @@ pub const MISTRALRS: Host = Host {
     script: include_str!("../hosts/mistralrs/core-0.8.1.edits"),
     added: &[
         ("src/kv_policy.rs", include_str!("../hosts/mistralrs/kv_policy.rs")),
+        ("src/kv_policy/scheduler.rs", include_str!("../hosts/mistralrs/scheduler.rs")),
         ("src/kv_cache/attend.rs", include_str!("../hosts/mistralrs/attend.rs")),
         ("NOTICE-KV-POLICY", include_str!("../hosts/mistralrs/NOTICE")),
     ],

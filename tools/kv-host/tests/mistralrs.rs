@@ -40,6 +40,27 @@ fn a_project_gets_the_published_source_with_the_feature() {
     assert!(!resolves());
 }
 
+/// As it is meant to be called: in the project's folder, whose configuration has the patch the second time.
+#[test]
+fn the_program_may_be_called_again_where_it_was() {
+    if published().is_none() {
+        return;
+    }
+    let project = tempfile::tempdir().unwrap();
+    fs::write(project.path().join("Cargo.toml"), "[package]\nname = \"p\"\n[lib]\npath = \"lib.rs\"\n").unwrap();
+    fs::write(project.path().join("lib.rs"), "").unwrap();
+    let said = |arguments: &[&str]| {
+        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_kv-host"));
+        let output = program.args(arguments).current_dir(project.path()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let with = "uses mistralrs-core 0.8.1 with the feature `kv-policy`\n";
+    assert_eq!(said(&["mistralrs"]), format!(". {with}"));
+    assert_eq!(said(&["mistralrs"]), format!(". {}", with.replace("uses", "used").replace("`\n", "` already\n")));
+    assert_eq!(said(&["mistralrs", "--undo"]), ". uses mistralrs-core 0.8.1 as published\n");
+}
+
 fn unchanged_but_for_the_edits(published: &Path, copy: &Path) {
     let edited: Vec<_> = MISTRALRS.edits().unwrap().into_iter().map(|edits| edits.file).collect();
     for file in ["src/sampler.rs", "src/models/phi3.rs", "build.rs", "Cargo.toml.orig"] {

@@ -20,6 +20,7 @@ use std::{
     time::Duration,
 };
 use tiny::Tiny;
+use tokio::sync::mpsc::Receiver;
 
 pub const TEMPLATE: &str = "{% for m in messages %}{{ m['content'] }}{% endfor %}";
 
@@ -69,28 +70,69 @@ pub async fn start(pipeline: Pipeline) -> Arc<MistralRs> {
 }
 
 /// The logits of each generated token, greedily, or the host's message.
-pub async fn generate(host: &MistralRs, prompt: &[u32], tokens: usize) -> Result<Vec<Vec<f32>>, String> {
-    let (sender, mut answers) = tokio::sync::mpsc::channel(64);
+pub type Answer = Result<Vec<Vec<f32>>, String>;
+
+/// A request under way.
+pub struct Asked {
+    pub answers: Receiver<Response>,
+    seen: Arc<Mutex<Vec<Vec<f32>>>>,
+}
+
+/// `at`: called on the host's thread before each token is chosen, with the number of tokens before it.
+pub async fn ask(host: &MistralRs, prompt: &[u32], tokens: usize, at: impl Fn(usize) + Send + Sync + 'static) -> Asked {
+    let (sender, answers) = tokio::sync::mpsc::channel(64);
     let sampling = SamplingParams { max_len: Some(tokens), ..SamplingParams::deterministic() };
     let prompt = RequestMessage::CompletionTokens(prompt.to_vec());
     let mut request = NormalRequest::new_simple(prompt, sampling, sender, host.next_request_id(), None, None);
     let seen: Arc<Mutex<Vec<Vec<f32>>>> = Arc::default();
     let record = seen.clone();
     let look = move |logits: &Tensor, _: &[u32]| {
+        at(record.lock().unwrap().len());
         record.lock().unwrap().push(logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
         Ok(logits.clone())
     };
     request.logits_processors = Some(vec![Arc::new(look)]);
     host.get_sender(None).unwrap().send(Request::Normal(Box::new(request))).await.unwrap();
-    loop {
-        match answers.recv().await {
-            Some(Response::CompletionDone(_)) => return Ok(seen.lock().unwrap().clone()),
-            Some(Response::CompletionModelError(error, _)) => return Err(error),
-            Some(Response::InternalError(error) | Response::ValidationError(error)) => return Err(error.to_string()),
-            Some(_) => {}
-            None => return Err("the host hung up".into()),
+    Asked { answers, seen }
+}
+
+impl Asked {
+    pub async fn answer(mut self) -> Answer {
+        loop {
+            match self.answers.recv().await {
+                Some(Response::CompletionDone(_)) => return Ok(self.seen.lock().unwrap().clone()),
+                Some(Response::CompletionModelError(error, _)) => return Err(error),
+                Some(Response::InternalError(error) | Response::ValidationError(error)) => {
+                    return Err(error.to_string());
+                }
+                Some(_) => {}
+                None => return Err("the host hung up".into()),
+            }
         }
     }
+}
+
+pub async fn generate(host: &MistralRs, prompt: &[u32], tokens: usize) -> Answer {
+    ask(host, prompt, tokens, |_| {}).await.answer().await
+}
+
+/// Requests (prompt, tokens) that are all there before the first one has its first token, so that they run in one batch
+/// as far as memory goes.
+pub async fn together(host: &MistralRs, requests: &[(Vec<u32>, usize)]) -> Vec<Answer> {
+    let (all_there, wait) = std::sync::mpsc::channel::<()>();
+    let wait = Mutex::new(wait);
+    let ((prompt, tokens), others) = requests.split_first().unwrap();
+    let until_all_there = move |_| _ = wait.lock().unwrap().recv(); // at once when the sender is gone
+    let mut asked = vec![ask(host, prompt, *tokens, until_all_there).await];
+    for (prompt, tokens) in others {
+        asked.push(ask(host, prompt, *tokens, |_| {}).await);
+    }
+    drop(all_there);
+    let mut answers = vec![];
+    for one in asked {
+        answers.push(one.answer().await);
+    }
+    answers
 }
 
 /// Logits under a policy, and the entries it dropped for them.
@@ -102,7 +144,7 @@ pub async fn by_host(
 ) -> (Vec<Vec<f32>>, u64) {
     let hosting = register(policy, &CacheOptions::default());
     let host = start(load(loader).unwrap()).await;
-    let evicted = || hosting.stats()[0].1.evicted;
+    let evicted = || hosting.figures()[0].stats.evicted;
     let before = evicted(); // the host says hello to a new model
     let logits = generate(&host, prompt, tokens).await.unwrap();
     let dropped = evicted() - before;
@@ -113,12 +155,12 @@ pub async fn by_host(
 /// Every sequence gives its memory back, a moment after its answer.
 pub async fn ended(hosting: &Hosting) {
     for _ in 0..100 {
-        if hosting.usage()[0].1.live_entries == 0 {
+        if hosting.figures()[0].usage.live_entries == 0 {
             return;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    panic!("{:?} is still held", hosting.usage());
+    panic!("{:?} is still held", hosting.figures());
 }
 
 /// The same with the candle adapter.

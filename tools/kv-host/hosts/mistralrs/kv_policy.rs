@@ -5,6 +5,9 @@
 //! with the sequence. Layers, sequences and their order reach the policy through [`KvCache::Policy`], which stands where
 //! the layer's cache would.
 //!
+//! Sequences of every length decode together, in one pass; [the scheduler](scheduler) asks the policy whether memory
+//! suffices before it lets a sequence run.
+//!
 //! Calls come from the engine's thread while it holds the model's cache: a policy must not call back into the engine.
 
 use std::{
@@ -19,8 +22,12 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::{
     attention::SdpaParams,
     pipeline::{CacheManagerMixin, EitherCache, KvCache, MetadataMixin, ModelPaths},
-    sequence::Sequence,
+    sequence::{Sequence, SequenceState},
 };
+
+pub(crate) use scheduler::scheduler;
+
+mod scheduler;
 
 /// What a policy holds for one sequence; dropping the last handle frees it.
 pub type State = Arc<dyn Any + Send + Sync>;
@@ -96,6 +103,20 @@ pub trait KvPolicy: Send + Sync {
     /// Keeps the new keys and values and attends causally: `[rows, q_heads, tokens, head_dim]`. An error ends the
     /// sequences of the batch, not the engine.
     fn attend(&self, call: Attend<'_>) -> Result<Tensor>;
+    /// Whether the last pass over this sequence came to nothing for want of memory, while others went on: it starts over
+    /// when there is room.
+    fn lost(&self, _state: &State) -> bool {
+        false
+    }
+    /// Whether memory suffices for one more token of each of these sequences. Where it does not, the youngest starts over
+    /// later.
+    fn can_decode(&self, _running: &[State]) -> bool {
+        true
+    }
+    /// Whether `prompts` sequences of `tokens` each may begin beside those that run. Not asked where none does.
+    fn can_begin(&self, _running: &[State], _prompts: usize, _tokens: usize) -> bool {
+        true
+    }
 }
 
 static FACTORY: RwLock<Option<Arc<dyn Factory>>> = RwLock::new(None);
@@ -200,12 +221,56 @@ fn first(layers: &[KvCache]) -> Option<&PolicyLayer> {
     }
 }
 
+fn policy_of(cache: &EitherCache) -> Option<Arc<dyn KvPolicy>> {
+    match cache {
+        EitherCache::Normal(normal) => {
+            first(&normal.lock().unwrap_or_else(PoisonError::into_inner).0).map(|layer| layer.policy.clone())
+        }
+        _ => None,
+    }
+}
+
 /// Whether the model of this cache runs under a policy.
 pub(crate) fn active(cache: &EitherCache) -> bool {
-    match cache {
-        EitherCache::Normal(normal) => first(&normal.lock().unwrap_or_else(PoisonError::into_inner).0).is_some(),
-        _ => false,
+    policy_of(cache).is_some()
+}
+
+/// The state that a sequence owns.
+fn state_of(sequence: &mut Sequence) -> Option<&State> {
+    match sequence.normal_cache().first() {
+        Some(Some(KvCache::Policy(PolicyLayer { batch: Batch::Own(state), .. }))) => Some(state),
+        _ => None,
     }
+}
+
+/// Takes a sequence's state: it waits, and starts over.
+fn set_aside(sequence: &mut Sequence) {
+    if let Some(slot) = sequence.normal_cache().first_mut() {
+        *slot = None;
+    }
+    sequence.set_state(SequenceState::Waiting);
+}
+
+/// After a pass: [sets aside](set_aside) the sequences that it lost. Returns false where the model keeps its own cache.
+pub(crate) fn set_aside_lost(cache: &EitherCache, sequences: &mut [&mut Sequence]) -> bool {
+    let Some(policy) = policy_of(cache) else {
+        return false;
+    };
+    for sequence in sequences {
+        if state_of(sequence).is_some_and(|state| policy.lost(state)) {
+            set_aside(sequence);
+        }
+    }
+    true
+}
+
+/// The sequences of a pass that it did not lose, with their logits.
+pub(crate) fn kept<'a>(
+    sequences: &'a mut [&mut Sequence],
+    logits: Vec<Tensor>,
+) -> (Vec<&'a mut Sequence>, Vec<Tensor>) {
+    let pairs = sequences.iter_mut().map(|sequence| &mut **sequence).zip(logits);
+    pairs.filter(|(sequence, _)| !sequence.is_waiting()).unzip()
 }
 
 /// Makes `sequences` the rows of the passes to come. `fresh`: their prompts come, they hold nothing. Returns false where
