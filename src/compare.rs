@@ -395,6 +395,8 @@ fn check_context(context: usize) -> Result<()> {
     Err(Error::Config(format!("context={context} is too short: {MIN_CONTEXT} or more")))
 }
 
+/// Bytes of a page of made-up sentences.
+const PAGE: usize = 1024;
 /// The shortest context in which every task has room.
 const MIN_CONTEXT: usize = 128;
 
@@ -430,7 +432,9 @@ impl Excerpts<'_> {
         let text = match &self.plan.text {
             Some(text) => text,
             None => {
-                made_up = problems::recall(rng, tokens * 16).context;
+                // In pages, or facts would lie far between.
+                let pages = (0..tokens.div_ceil(PAGE / 16)).map(|_| problems::recall(rng, PAGE).context);
+                made_up = pages.collect::<Vec<_>>().join(" ");
                 &made_up
             }
         };
