@@ -64,7 +64,7 @@ impl Pool {
 struct Row {
     seq: SeqId,
     pool: Arc<Pool>,
-    /// The cache dropped it for want of memory.
+    /// It starts over for want of memory.
     lost: AtomicBool,
 }
 
@@ -136,7 +136,11 @@ impl KvPolicy for Hosted {
         let mut passes = self.pool.lock();
         let sequences = running.iter().filter_map(|state| Some(row_of(state).ok()?.seq));
         let enough = room::suffices(&passes.cache, room::next_tokens(&passes.cache, sequences));
-        passes.served.set_aside += !enough as u64;
+        if !enough && let Some(Ok(last)) = running.last().map(row_of) {
+            last.lost.store(true, Ordering::Relaxed);
+            passes.cautious = true;
+            passes.served.set_aside += 1;
+        }
         enough
     }
 

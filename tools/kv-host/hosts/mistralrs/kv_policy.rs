@@ -22,6 +22,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::{
     attention::SdpaParams,
     pipeline::{CacheManagerMixin, EitherCache, KvCache, MetadataMixin, ModelPaths},
+    response::Response,
     sequence::{Sequence, SequenceState},
 };
 
@@ -108,8 +109,8 @@ pub trait KvPolicy: Send + Sync {
     fn lost(&self, _state: &State) -> bool {
         false
     }
-    /// Whether memory suffices for one more token of each of these sequences. Where it does not, the youngest starts over
-    /// later.
+    /// Whether memory suffices for one more token of each of these sequences, oldest first. Where it does not, the last of
+    /// them is dropped and starts over later.
     fn can_decode(&self, _running: &[State]) -> bool {
         true
     }
@@ -271,6 +272,24 @@ pub(crate) fn kept<'a>(
 ) -> (Vec<&'a mut Sequence>, Vec<Tensor>) {
     let pairs = sequences.iter_mut().map(|sequence| &mut **sequence).zip(logits);
     pairs.filter(|(sequence, _)| !sequence.is_waiting()).unzip()
+}
+
+/// What was sampled for a sequence. One for which that failed is told so and ends, alone: the others of its pass have their
+/// new keys and values, and must get their tokens.
+pub(crate) async fn sampled<T>(sequence: &Sequence, sampled: Result<T>) -> Option<Result<T>> {
+    let error = match sampled {
+        Err(error) => error,
+        sampled => return Some(sampled),
+    };
+    let told = sequence.responder().send(Response::InternalError(error.into())).await;
+    told.unwrap_or_else(|_| tracing::warn!("nobody is there to hear of an error"));
+    sequence.set_state(SequenceState::Error);
+    None
+}
+
+/// Where the text of `bytes` is at a position among them: what is no UTF-8 has another length as text.
+pub(crate) fn place_in_text(bytes: &[u8], at: usize) -> usize {
+    String::from_utf8_lossy(&bytes[..at.min(bytes.len())]).len()
 }
 
 /// Makes `sequences` the rows of the passes to come. `fresh`: their prompts come, they hold nothing. Returns false where

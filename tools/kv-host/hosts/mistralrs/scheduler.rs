@@ -49,7 +49,7 @@ impl PolicyScheduler {
     fn sort_out(&mut self) {
         let mut running = std::mem::take(&mut self.running);
         for mut sequence in running.drain(..).filter(wanted) {
-            // After a prompt the host takes every sequence of the step for running.
+            // Decoding failed before it in the step in which it was to begin.
             if state_of(&mut sequence).is_none() && !sequence.is_waiting() {
                 set_aside(&mut sequence);
             }
@@ -60,20 +60,23 @@ impl PolicyScheduler {
             }
         }
         self.waiting.retain(|sequence| !sequence.responder().is_closed());
-        self.waiting.make_contiguous().sort_by_key(|sequence| *sequence.id());
     }
 
-    fn make_room(&mut self) {
+    /// Returns how many sequences were set aside for that.
+    fn make_room(&mut self) -> usize {
+        let before = self.waiting.len();
         while self.running.len() > 1 && !self.policy.can_decode(&states(&mut self.running)) {
             if let Some(mut youngest) = self.running.pop() {
                 set_aside(&mut youngest);
-                self.waiting.push_front(youngest);
+                self.waiting.push_back(youngest);
             }
         }
+        self.waiting.len() - before
     }
 
     /// The waiting sequences that begin now: all of one length, since the host pads what is shorter.
     fn begin(&mut self) -> Vec<Sequence> {
+        self.waiting.make_contiguous().sort_by_key(|sequence| *sequence.id());
         let running = states(&mut self.running);
         let mut prompts: Vec<Sequence> = vec![];
         while let Some(next) = self.waiting.front() {
@@ -105,13 +108,16 @@ fn states(running: &mut [Sequence]) -> Vec<State> {
 impl Scheduler for PolicyScheduler {
     fn schedule(&mut self, logger: &IntervalLogger) -> SchedulerOutput<'_> {
         self.sort_out();
-        self.make_room();
+        let set_aside = self.make_room();
         if TERMINATE_ALL_NEXT_STEP.swap(false, Ordering::SeqCst) {
             let cancel = |sequence: &Sequence| sequence.set_state(SequenceState::Done(StopReason::Canceled));
             self.running.iter().for_each(cancel);
         }
-        let prompts = self.begin();
-        self.running.extend(prompts);
+        // Where one had to go, nobody comes: who runs is about to need the room.
+        if set_aside == 0 {
+            let prompts = self.begin();
+            self.running.extend(prompts);
+        }
         self.running.sort_by_key(|sequence| *sequence.id());
         logger.set_num_running(self.running.len());
         logger.set_num_waiting(self.waiting.len());
