@@ -15,7 +15,9 @@
 //! | `GET /metrics` | for Prometheus: what each policy holds, dropped and served |
 //! | `GET /health` | |
 //!
-//! A request that cannot be served as it is gets 400 with the reason. A client that leaves gives its memory back.
+//! A request that cannot be served as it is gets 400 with the reason, if that shows before it reaches mistral.rs. What only
+//! its engine finds, such as a grammar that is none, is told as mistral.rs tells it: with a status of its choice, or within
+//! the stream. A client that leaves gives its memory back.
 
 mod error;
 mod metrics;

@@ -59,7 +59,7 @@ const COUNTERS: [Metric; 8] = [
 
 impl Collector for Served {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let all: Vec<_> = self.names().iter().map(|name| [("policy", name.clone())]).zip(self.figures()).collect();
+        let all: Vec<_> = self.named_figures().map(|(name, figures)| ([("policy", name)], figures)).collect();
         for (name, help, unit, value) in GAUGES {
             let mut metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
             for (policy, figures) in &all {

@@ -95,9 +95,15 @@ impl Served {
         &self.names
     }
 
-    /// How each policy fares, in the order of [`Served::names`].
+    /// How each policy fares, in the order of [`Served::names`]; without those whose engine is gone.
     pub fn figures(&self) -> Vec<Figures> {
-        self.hostings.iter().flat_map(|hosting| hosting.figures()).collect()
+        self.named_figures().map(|(_, figures)| figures).collect()
+    }
+
+    /// With the policy's name: a policy whose engine is gone has no figures.
+    pub(crate) fn named_figures(&self) -> impl Iterator<Item = (&str, Figures)> {
+        let each = self.names.iter().zip(&*self.hostings);
+        each.flat_map(|(name, hosting)| hosting.figures().into_iter().map(move |figures| (name.as_str(), figures)))
     }
 }
 

@@ -49,8 +49,9 @@ pub(crate) fn read<T: DeserializeOwned>(body: Result<Json<Value>, JsonRejection>
 }
 
 /// Field, its least and its largest value, and whether the least is left out.
-const RANGES: [(&str, f64, f64, bool); 12] = [
+const RANGES: [(&str, f64, f64, bool); 15] = [
     ("n", 1.0, 128.0, false),
+    ("best_of", 1.0, 128.0, false),
     ("max_tokens", 1.0, f64::MAX, false),
     ("max_completion_tokens", 1.0, f64::MAX, false),
     ("temperature", 0.0, 2.0, false),
@@ -59,7 +60,9 @@ const RANGES: [(&str, f64, f64, bool); 12] = [
     ("min_p", 0.0, 1.0, false),
     ("presence_penalty", -2.0, 2.0, false),
     ("frequency_penalty", -2.0, 2.0, false),
-    ("repetition_penalty", 0.0, 10.0, true),
+    ("repetition_penalty", 0.01, 10.0, false), // mistral.rs divides by it
+    ("dry_multiplier", 0.0, 100.0, false),
+    ("dry_base", 1.0, 100.0, false), // mistral.rs takes powers of it
     ("top_logprobs", 0.0, 20.0, false),
     ("logprobs", 0.0, 20.0, false),
 ];
@@ -75,6 +78,9 @@ fn faults(body: &Value) -> Vec<String> {
             let to = if most == f64::MAX { String::new() } else { format!(" and at most {most}") };
             why.push(format!("{name}={given} is not accepted: {from} {least}{to}"));
         }
+    }
+    if body["stream"] == true && body["n"].as_u64().is_some_and(|n| n > 1) {
+        why.push(format!("n={} is not accepted with stream: mistral.rs streams one choice", body["n"]));
     }
     if body["prompt"].as_str().is_some_and(str::is_empty) {
         why.push("the prompt is empty".into());
@@ -116,17 +122,22 @@ async fn count(served: &Served, request: &NormalRequest) -> Result<usize, Refusa
         _ => (None, None),
     };
     let (response, mut answer) = tokio::sync::mpsc::channel(1);
-    let request = Request::Tokenize(TokenizationRequest {
+    let question = Request::Tokenize(TokenizationRequest {
         text,
         tools: request.tools.clone(),
         add_generation_prompt: chat,
-        add_special_tokens: !chat,
+        add_special_tokens: true,
         enable_thinking,
         reasoning_effort,
         response,
     });
     let gone = || Refusal::unavailable("the engine does not answer");
-    served.host.get_sender(None).map_err(Refusal::unavailable)?.send(request).await.map_err(|_| gone())?;
-    let tokens = answer.recv().await.ok_or_else(gone)?;
+    let engine = served.host.get_sender(request.model_id.as_deref()).map_err(Refusal::unavailable)?;
+    let asked = async move {
+        engine.send(question).await.ok()?;
+        answer.recv().await
+    };
+    // A task of its own hears the answer when the client has left: the engine's thread would end if nobody did.
+    let tokens = tokio::spawn(asked).await.ok().flatten().ok_or_else(gone)?;
     Ok(tokens.map_err(Refusal::of)?.len())
 }

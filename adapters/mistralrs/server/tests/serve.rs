@@ -100,6 +100,7 @@ async fn serves() {
     bad_requests_are_told_why(&server).await;
     prometheus_reads(&server).await;
     clients_that_leave_give_their_memory_back(&server).await;
+    the_last_position_ends_a_sequence(&server).await;
     bad_options_are_told_why().await;
     the_program_serves(&server).await;
     sixty_four_streams(1).await;
@@ -157,6 +158,8 @@ async fn bad_requests_are_told_why(server: &Server) {
         (json!({"max_tokens": 0}), "max_tokens=0 is not accepted: at least 1"),
         (json!({"max_tokens": -3}), "max_tokens=-3 is not accepted: at least 1"),
         (json!({"presence_penalty": 3}), "presence_penalty=3 is not accepted: at least -2 and at most 2"),
+        (json!({"repetition_penalty": 0}), "repetition_penalty=0 is not accepted: at least 0.01 and at most 10"),
+        (json!({"n": 2, "stream": true}), "n=2 is not accepted with stream"),
         (json!({"messages": []}), "there are no messages"),
         (json!({"messages": image}), "a part of type \"image_url\": the model reads text only"),
         (
@@ -176,6 +179,18 @@ async fn bad_requests_are_told_why(server: &Server) {
     assert!(answer.status().is_client_error());
     let answer = server.post("/v1/chat/completions", &good).await;
     assert_eq!(answer.status(), StatusCode::OK);
+}
+
+/// The model has 512 positions. A pass beyond them would fail for the neighbour too.
+async fn the_last_position_ends_a_sequence(server: &Server) {
+    let long = json!({"model": "full", "prompt": text(502), "temperature": 0.0});
+    let neighbour = chat("full", "hello", 100, true);
+    let (answer, beside) =
+        tokio::join!(server.post("/v1/completions", &long), server.stream("/v1/chat/completions", &neighbour));
+    let answer: Value = answer.json().await.unwrap();
+    assert_eq!(answer["choices"][0]["finish_reason"], "length", "{answer}");
+    assert_eq!(answer["usage"]["total_tokens"], 512, "{answer}");
+    assert_eq!(beside, (100, "length".to_string()));
 }
 
 async fn prometheus_reads(server: &Server) {
