@@ -45,7 +45,7 @@ mod turns;
 mod variable_tracking;
 mod word_key;
 
-pub use report::{Host, Metrics, Planned, Report, Row, SCHEMA, Sample, wilson};
+pub use report::{Asked, Host, Metrics, Planned, Report, Row, SCHEMA, Sample, wilson};
 pub use significance::Against;
 pub use sweep::{fit, sweepable};
 pub use trace::{Trace, trace};
@@ -351,12 +351,18 @@ pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut
 
 /// A text that is too short, or a context that cannot be filled, is told before the first run.
 fn foresee(texts: &Excerpts) -> Result<()> {
-    match texts.contest.tasks.first() {
-        Some(Task::Exam(benchmark)) => benchmark::prompts(texts, benchmark::exam(texts, *benchmark)?).map(drop),
-        Some(Task::Ask(ask, _)) if !ask.is_needle() => retrieval::prompt(texts, *ask, 0).map(drop),
-        Some(task) if task.cuts_text() => texts.cut(&mut texts.rng(0), texts.context()).map(drop),
-        _ => Ok(()),
+    let Some(task) = texts.contest.tasks.first() else { return Ok(()) };
+    match task {
+        Task::Exam(benchmark) => benchmark::prompts(texts, benchmark::exam(texts, *benchmark)?).map(drop)?,
+        Task::Ask(ask, _) if !ask.is_needle() => retrieval::prompt(texts, *ask, 0).map(drop)?,
+        _ => {}
     }
+    // A text that is there is what speed is measured on, and what a trace shows.
+    let may_cut = *task == Task::Speed || texts.context() <= trace::LONGEST;
+    if task.cuts_text() || (texts.plan.text.is_some() && may_cut) {
+        texts.cut(&mut texts.rng(0), texts.context())?;
+    }
+    Ok(())
 }
 
 fn check(plan: &Plan) -> Result<()> {
@@ -371,7 +377,11 @@ fn check(plan: &Plan) -> Result<()> {
     if empty {
         return refuse("nothing to compare: name policies, tasks and contexts");
     }
-    for contest in &plan.contests {
+    for (i, contest) in plan.contests.iter().enumerate() {
+        let is_same = |other: &Contest| other.context == contest.context && other.tasks == contest.tasks;
+        if plan.contests[..i].iter().any(is_same) {
+            return refuse(&format!("context={} is there twice: name it once", contest.context));
+        }
         check_text(&contest.tasks, plan.text.as_deref())?;
         check_context(contest.context)?;
         check_labels(contest)?;

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvpolicy::{
     Registry,
     compare::{
-        self, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task,
+        self, Asked, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task,
         benchmark::{Benchmark, Exam, Sampling, check_exams},
     },
 };
@@ -131,6 +131,12 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let text = args.text.as_deref().map(read_text).transpose()?;
     compare::check_text(&request.tasks, text.as_deref())?;
     let exams = args.file.iter().map(|file| exam(file, args)).collect::<Result<Vec<_>>>()?;
+    let twice = exams.iter().enumerate().find(|(i, a)| exams[..*i].iter().any(|b| a.benchmark == b.benchmark));
+    ensure!(
+        twice.is_none(),
+        "--file: {} has two files; give one",
+        twice.map_or_else(String::new, |(_, e)| e.benchmark.to_string())
+    );
     let sampling = Sampling { repeats: args.repeats, temperature: args.temperature, allow_exec: args.allow_exec };
     check_exams(&request.tasks, &exams, &sampling)?;
     let mut hosted = args.model.load()?;
@@ -231,7 +237,7 @@ fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
         text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
         samples: plan.samples,
-        exams: plan.exams.iter().map(|exam| (exam.benchmark.to_string(), exam.sha256.clone())).collect(),
+        exams: plan.exams.iter().map(|exam| (exam.benchmark.to_string(), asked(exam))).collect(),
         repeats: plan.sampling.repeats,
         temperature: plan.sampling.temperature,
         contests: Planned::of(plan),
@@ -243,6 +249,10 @@ fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
         },
         rows: vec![],
     })
+}
+
+fn asked(exam: &Exam) -> Asked {
+    Asked { sha256: exam.sha256.clone(), questions: exam.questions.len() }
 }
 
 fn sha256(text: &str) -> String {

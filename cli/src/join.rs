@@ -34,16 +34,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn check_alike((a_path, a): (&Path, &Report), (b_path, b): (&Path, &Report)) -> Result<()> {
     let facts = |r: &Report| {
         let seed = r.seed.to_string();
-        [r.model_sha256.clone(), r.dtype.clone(), r.kv_dtype.clone(), seed, r.text_sha256.clone()]
+        let drawn = format!("{} at {}", r.repeats, r.temperature);
+        [r.model_sha256.clone(), r.dtype.clone(), r.kv_dtype.clone(), seed, r.text_sha256.clone(), drawn]
     };
-    let names = ["model_sha256", "dtype", "kv_dtype", "seed", "text_sha256"];
+    let names = ["model_sha256", "dtype", "kv_dtype", "seed", "text_sha256", "repeats and temperature"];
     for ((name, a), b) in names.iter().zip(facts(a)).zip(facts(b)) {
         // Tasks that make up their prompts leave the text empty.
         if a != b && !a.is_empty() && !b.is_empty() {
             bail!("{}: its {name} is {b}, that of {} is {a}", b_path.display(), a_path.display());
         }
     }
-    Ok(())
+    match a.exams.iter().find(|(name, asked)| b.exams.get(*name).is_some_and(|other| other != *asked)) {
+        Some((name, _)) => {
+            bail!("{}: its {name} had other questions than that of {}", b_path.display(), a_path.display())
+        }
+        None => Ok(()),
+    }
 }
 
 /// A row that an earlier file has too, as the `full` that every run is measured by, is shown once.

@@ -39,13 +39,16 @@ pub(crate) struct Args {
     price_per_hour: Option<f64>,
 }
 
+/// Longer sequences than this are not planned for.
+const LONGEST: u64 = 1 << 40;
 /// Of the GPU's memory that is not the weights', left for activations and buffers.
 const SPARE: f64 = 0.1;
 /// Pages of a GPU's pool.
 const PAGE: Page = Page { entries: 32, beside: 8 };
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    ensure!(args.context > 0, "context=0: one token or more");
+    ensure!((1..=LONGEST).contains(&args.context), "context={}: 1 to {LONGEST} tokens", args.context);
+    ensure!(args.price_per_hour.is_none_or(|price| price >= 0.0), "price-per-hour: 0 or more");
     ensure!(args.compression.is_finite() && args.compression >= 1.0, "compression={}: 1 or more", args.compression);
     ensure!(args.bandwidth > 0 && args.tflops > 0.0, "bandwidth and tflops must be more than 0");
     let shape = Shape::of(&args.model)?;
@@ -182,7 +185,7 @@ fn page(args: &Args, model: &Model, fits: &[Fit; 2]) -> String {
     let mut line = |name: &str, figure: &dyn Fn(&Fit) -> String| {
         table.add_row([name.to_string(), figure(&fits[0]), figure(&fits[1])]);
     };
-    line("entries a KV head, at the end", &|fit| fit.entries.to_string());
+    line("entries a KV head, at the end of the context", &|fit| fit.entries.to_string());
     line("KV of a sequence", &|fit| table::bytes(fit.sequence_bytes as f64));
     line("sequences that fit", &|fit| fit.sequences.to_string());
     line("longest single sequence, tokens", &|fit| fit.longest.to_string());
@@ -197,10 +200,10 @@ fn page(args: &Args, model: &Model, fits: &[Fit; 2]) -> String {
         line(&format!("{name}: bound by"), &|fit| {
             step(fit, &|s| if s.memory_bound { "memory".into() } else { "compute".into() })
         });
-        line(&format!("{name}: tokens/s at most"), &|fit| step(fit, &|s| format!("{:.0}", s.tokens_per_s)));
+        line(&format!("{name}: tokens/s then, at most"), &|fit| step(fit, &|s| format!("{:.0}", s.tokens_per_s)));
         if let Some(price) = args.price_per_hour {
             let cost = |s: &Step| format!("{:.3}", price / 3600.0 / s.tokens_per_s * 1e6);
-            line(&format!("{name}: cost of a million tokens, at least"), &|fit| step(fit, &cost));
+            line(&format!("{name}: cost of a million tokens then, at least"), &|fit| step(fit, &cost));
         }
     }
     table.column_iter_mut().skip(1).for_each(|column| {

@@ -10,7 +10,7 @@ use crate::{
     table::{self, Figures},
 };
 use anyhow::{Context, Result, ensure};
-use kvpolicy::compare::{Report, Sample, Task, Trace};
+use kvpolicy::compare::{Asked, Report, Sample, Task, Trace};
 use pictures::Picture;
 use std::path::{Path, PathBuf};
 
@@ -86,7 +86,8 @@ impl Findings {
         if !report.text_sha256.is_empty() {
             facts.push(("text", format!("SHA-256 {}", report.text_sha256)));
         }
-        facts.extend(report.exams.iter().map(|(name, hash)| ("benchmark", format!("{name} (SHA-256 {hash})"))));
+        let asked = |exam: &Asked| format!("{} questions of a file with SHA-256 {}", exam.questions, exam.sha256);
+        facts.extend(report.exams.iter().map(|(name, exam)| ("benchmark", format!("{name}: {}", asked(exam)))));
         facts
     }
 }

@@ -1,6 +1,6 @@
 //! The folder of a comparison: `results.json` and `samples.jsonl`.
 
-use crate::table::read_text;
+use crate::table::{read_text, utf8};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kvpolicy::compare::{Report, SCHEMA, Sample, Trace};
 use std::{
@@ -39,7 +39,7 @@ impl Results {
             departures.join("; ")
         );
         let path = dir.join(SAMPLES);
-        let (done, bytes) = whole_runs(&read_text(&path)?).with_context(|| path.display().to_string())?;
+        let (done, bytes) = whole_runs(&read_lines(&path)?).with_context(|| path.display().to_string())?;
         let samples = OpenOptions::new().append(true).open(&path).with_context(|| path.display().to_string())?;
         samples.set_len(bytes as u64).with_context(|| path.display().to_string())?;
         let results = Self { dir: dir.to_path_buf(), samples };
@@ -65,8 +65,10 @@ impl Results {
 
 /// A file of the folder.
 pub(crate) fn write(dir: &Path, name: &str, text: &str) -> Result<()> {
-    let path = dir.join(name);
-    std::fs::write(&path, text).with_context(|| path.display().to_string())
+    let (path, begun) = (dir.join(name), dir.join(format!("{name}.part")));
+    // Whatever stops it, the file is whole: the old one or the new one.
+    let written = std::fs::write(&begun, text).and_then(|()| std::fs::rename(&begun, &path));
+    written.with_context(|| path.display().to_string())
 }
 
 pub(crate) const RESULTS: &str = "results.json";
@@ -76,7 +78,7 @@ const TRACES: &str = "trace.jsonl";
 /// All samples of a folder.
 pub(crate) fn read_samples(dir: &Path) -> Result<Vec<Sample>> {
     let path = dir.join(SAMPLES);
-    Ok(whole_runs(&read_text(&path)?).with_context(|| path.display().to_string())?.0)
+    Ok(whole_runs(&read_lines(&path)?).with_context(|| path.display().to_string())?.0)
 }
 
 /// All traces of a folder; none if it has no file of them.
@@ -97,14 +99,22 @@ pub(crate) fn read_report(path: &Path) -> Result<Report> {
     Ok(report)
 }
 
+/// The lines of a file that have an end. What follows the last may be torn within a character.
+fn read_lines(path: &Path) -> Result<String> {
+    utf8(whole_lines(std::fs::read(path).with_context(|| path.display().to_string())?), path)
+}
+
+fn whole_lines(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.truncate(bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1));
+    bytes
+}
+
 /// The samples of runs that ended, and how many bytes their lines take.
 fn whole_runs(text: &str) -> Result<(Vec<Sample>, usize)> {
     let (mut samples, mut at, mut whole) = (vec![], 0, (0, 0));
     for (i, line) in text.split_inclusive('\n').enumerate() {
         at += line.len();
-        let is_last = at == text.len();
         match serde_json::from_str::<Sample>(line) {
-            Ok(_) if !line.ends_with('\n') => break,
             Ok(sample) => {
                 let ends_run = sample.kv.is_some();
                 samples.push(sample);
@@ -112,7 +122,6 @@ fn whole_runs(text: &str) -> Result<(Vec<Sample>, usize)> {
                     whole = (samples.len(), at);
                 }
             }
-            Err(_) if is_last => break,
             Err(error) => bail!(anyhow!(error).context(format!("line {} is no sample", i + 1))),
         }
     }
@@ -129,6 +138,17 @@ mod tests {
     fn line(sample: usize, ends_run: bool) -> String {
         let kv = ends_run.then(Stats::default);
         serde_json::to_string(&Sample { sample, kv, ..Sample::default() }).unwrap() + "\n"
+    }
+
+    fn whole_runs(text: &str) -> Result<(Vec<Sample>, usize)> {
+        super::whole_runs(&String::from_utf8(whole_lines(text.into())).unwrap())
+    }
+
+    #[test]
+    fn a_line_may_be_torn_within_a_character() {
+        let torn = [b"one\ntw".as_slice(), &"\u{e9}".as_bytes()[..1]].concat();
+        assert_eq!(whole_lines(torn), b"one\n");
+        assert_eq!(whole_lines(b"one".into()), b"");
     }
 
     #[test]

@@ -7,7 +7,11 @@ use std::{fmt, path::Path};
 
 /// A file that must be UTF-8.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    utf8(std::fs::read(path).with_context(|| path.display().to_string())?, path)
+}
+
+/// The bytes of a file as text.
+pub(crate) fn utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         anyhow!("{}: is not UTF-8 text (byte {at} is not); convert it first", path.display())

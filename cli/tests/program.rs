@@ -313,7 +313,8 @@ fn benchmarks_are_asked_from_files() {
     let drawn = ["--tasks", "gsm8k", "--file", "gsm8k=school.jsonl", "--repeats", "2", "--temperature", "0.8"];
     ask(&drawn, &[]);
     let report = read(&bench.path("out/results.json"));
-    assert!(report.exams["gsm8k"].len() == 64 && report.repeats == 2 && report.temperature == 0.8);
+    assert_eq!((report.exams["gsm8k"].sha256.len(), report.exams["gsm8k"].questions), (64, 2));
+    assert_eq!((report.repeats, report.temperature), (2, 0.8));
     assert_eq!(
         report.rows.iter().map(|row| (row.samples, row.metrics.questions)).collect::<Vec<_>>(),
         [(2, Some(4)); 2]
@@ -321,6 +322,7 @@ fn benchmarks_are_asked_from_files() {
     let samples = std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap();
     ask(&[&drawn[..], &["--resume"]].concat(), &[]);
     ask(&[&drawn[..7], &["0.9", "--resume"]].concat(), &["temperature was `0.8` and is `0.9`"]);
+    ask(&[&drawn[..], &["--samples", "1", "--resume"]].concat(), &["exams was `2 of gsm8k", "is `1 of gsm8k"]);
     assert_eq!(samples, std::fs::read_to_string(bench.path("out/samples.jsonl")).unwrap());
     ask(&[&drawn[..4], &["--samples", "1"]].concat(), &[]);
     assert_eq!(read(&bench.path("out/results.json")).rows[0].samples, 1);
@@ -328,6 +330,8 @@ fn benchmarks_are_asked_from_files() {
     ask(&["--tasks", "gsm8k"], &["gsm8k", "--file gsm8k="]);
     ask(&["--tasks", "recall", "--file", "gsm8k=school.jsonl"], &["gsm8k", "not among the tasks"]);
     ask(&["--tasks", "recall", "--repeats", "2"], &["--file"]);
+    ask(&[&drawn[..4], &["--file", "gsm8k=code.jsonl"]].concat(), &["gsm8k", "line 1"]);
+    ask(&[&drawn[..4], &["--file", "gsm8k=school.jsonl"]].concat(), &["gsm8k has two files"]);
     ask(&["--tasks", "gsm8k", "--file", "school.jsonl"], &["school.jsonl", "TASK=PATH"]);
     ask(&["--tasks", "gsm8k", "--file", "poetry=school.jsonl"], &["poetry", "math-500"]);
     ask(&["--tasks", "gsm8k", "--file", "gsm8k=code.jsonl"], &["code.jsonl", "line 1 of gsm8k", "question"]);
@@ -565,6 +569,8 @@ fn bad_input_is_refused_with_its_reason() {
     compare(&[], &["ppl", "--text", "recall,chain"]);
     compare(&["--tasks", "recall,needle"], &["needle", "--text"]);
     compare(&["--tasks", "chain", "--context", "100"], &["context=100"]);
+    compare(&["--tasks", "chain", "--policies", "full", "--context", "200,200"], &["context=200 is there twice"]);
+    compare(&["--tasks", "chain", "--policies", "full", "--context", "256", "--text", "short.txt"], &["too short"]);
     compare(&["--tasks", "word-key", "--context", "128"], &["context=128", "no room for lines"]);
     compare(&["--text", "t.txt", "--context", "100000"], &["100000", "512", "--allow-long"]);
     compare(&["--text", "t.txt", "--context", "0"], &["context=0"]);

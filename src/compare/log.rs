@@ -1,7 +1,7 @@
 //! The samples of a run: those of an earlier one that was stopped, and what is added to them.
 
 use super::{Contender, Excerpts, Plan, Progress, Sample, Task};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::collections::HashSet;
 
 pub(super) struct Log<'a> {
@@ -54,6 +54,7 @@ impl<'a> Log<'a> {
     }
 
     pub(super) fn add(&mut self, sample: Sample) -> Result<()> {
+        check_finite(&sample)?;
         self.progress.sample(&sample)?;
         self.samples.push(sample);
         Ok(())
@@ -64,9 +65,23 @@ impl<'a> Log<'a> {
     }
 }
 
+/// What is no number can be neither compared nor written as JSON.
+fn check_finite(sample: &Sample) -> Result<()> {
+    let figures = [sample.nll, sample.kl].into_iter().flatten();
+    if figures.chain(sample.kl_by_token.iter().map(|&kl| kl as f64)).all(f64::is_finite) {
+        return Ok(());
+    }
+    let Sample { task, policy, context, sample, .. } = sample;
+    Err(Error::Config(format!(
+        "{task} of {policy} at context {context}, sample {sample}: the model's logits are no finite numbers; take a wider \
+         type, such as f32"
+    )))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::Log;
     use crate::{
         compare::{
             Ask, Contender, Contest, Plan, Progress, Sample, Setting, Task,
@@ -98,6 +113,21 @@ mod tests {
         fn sample(&mut self, sample: &Sample) -> Result<()> {
             self.notes.sample(sample)
         }
+    }
+
+    #[test]
+    fn figures_that_are_no_numbers_are_refused() {
+        let (plan, mut notes) = (
+            Plan { contests: vec![], samples: 1, seed: 0, text: None, exams: vec![], sampling: Default::default() },
+            Notes::default(),
+        );
+        let mut log = Log::new(&plan, vec![], &mut notes);
+        let sample = |nll, kl_by_token| Sample { task: "kl".into(), nll: Some(nll), kl_by_token, ..Sample::default() };
+        log.add(sample(0.5, vec![0.0, 1.0])).unwrap();
+        for bad in [sample(f64::NAN, vec![]), sample(0.5, vec![0.0, f32::INFINITY])] {
+            assert!(log.add(bad).unwrap_err().to_string().contains("no finite numbers"));
+        }
+        assert_eq!(log.samples().len(), 1);
     }
 
     #[test]

@@ -34,9 +34,9 @@ pub struct Report {
     /// Samples of each policy, task and context.
     #[serde(default)]
     pub samples: usize,
-    /// SHA-256 of the benchmarks' files, as far as they were asked.
+    /// The benchmarks that were asked, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub exams: BTreeMap<String, String>,
+    pub exams: BTreeMap<String, Asked>,
     /// Answers to each of their questions.
     #[serde(default)]
     pub repeats: usize,
@@ -89,7 +89,9 @@ impl Report {
                 ("text_sha256", report.text_sha256.clone()),
                 ("seed", report.seed.to_string()),
                 ("samples", report.samples.to_string()),
-                ("exams", format!("{:?}", report.exams)),
+                ("exams", exams(report)),
+                ("device", report.host.device.clone()),
+                ("cpu", report.host.cpu.clone()),
                 ("repeats", report.repeats.to_string()),
                 ("temperature", report.temperature.to_string()),
                 ("contexts", list(report, |contest| vec![contest.context.to_string()])),
@@ -108,6 +110,11 @@ impl Report {
     }
 }
 
+fn exams(report: &Report) -> String {
+    let asked = |(name, Asked { sha256, questions }): (&String, &Asked)| format!("{questions} of {name} {sha256}");
+    report.exams.iter().map(asked).collect::<Vec<_>>().join(";")
+}
+
 /// What is named anywhere in the contests, once each.
 fn list(report: &Report, named: impl Fn(&Planned) -> Vec<String>) -> String {
     let mut all: Vec<String> = vec![];
@@ -117,6 +124,15 @@ fn list(report: &Report, named: impl Fn(&Planned) -> Vec<String>) -> String {
         }
     }
     all.join(";")
+}
+
+/// What was asked of a benchmark.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Of its file.
+    pub sha256: String,
+    /// The first so many of the file.
+    pub questions: usize,
 }
 
 /// The machine a comparison ran on.

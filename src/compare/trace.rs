@@ -26,7 +26,7 @@ pub struct Trace {
 /// Moments while the prompt is read, and while tokens come one by one.
 const MOMENTS: [usize; 2] = [12, 6];
 /// Longer examples are not looked at: there is a number for every token and moment.
-const LONGEST: usize = 4096;
+pub(super) const LONGEST: usize = 4096;
 
 /// The contenders of the contest with the shortest context at the same excerpt, three quarters of it read in pieces as a prompt
 /// and the rest token by token. Empty where that context is longer than 4,096 tokens.

@@ -1,10 +1,16 @@
 //! What an answer says, by the conventions of the benchmarks, and whether two say the same.
 
-/// The content of the last `\boxed{..}` whose braces close.
+/// The content of the last `\boxed{..}` whose braces close and that has something in it.
 pub fn boxed(text: &str) -> Option<&str> {
-    text.rmatch_indices("\\boxed").find_map(|(at, found)| {
+    boxes(text).next().map(|(_, content)| content)
+}
+
+/// Where boxes stand and what they have in them, the last one first.
+fn boxes(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.rmatch_indices("\\boxed").filter_map(|(at, found)| {
         let rest = text[at + found.len()..].trim_start();
-        if rest.starts_with('{') { braced(rest) } else { rest.split_whitespace().next() }
+        let content = if rest.starts_with('{') { braced(rest) } else { rest.split_whitespace().next() };
+        content.filter(|content| !content.trim().is_empty()).map(|content| (at, content))
     })
 }
 
@@ -24,11 +30,20 @@ fn braced(text: &str) -> Option<&str> {
     None
 }
 
-/// GSM8K: the number behind the last `####`, else in the last box, else the last one there is.
+/// GSM8K: the number directly behind the last `####` that has one, else in the last box, else the last one there is.
 pub fn number(text: &str) -> Option<f64> {
-    let marked = text.rsplit_once("####").and_then(|(_, rest)| numbers(rest).next());
+    let marked = text.rmatch_indices("####").find_map(|(at, mark)| marked(&text[at + mark.len()..]));
     let boxed = || boxed(text).and_then(|content| numbers(content).last());
     marked.or_else(boxed).or_else(|| numbers(text).last())
+}
+
+/// The number that a text begins with. `#### Step 3` is a heading.
+fn marked(text: &str) -> Option<f64> {
+    let line = text.lines().next()?;
+    let mut signs = line.trim_start_matches(|c: char| c == MINUS || " \t$\\*-".contains(c)).chars();
+    let first = signs.next()?;
+    let begins = first.is_ascii_digit() || (first == '.' && signs.next().is_some_and(|c| c.is_ascii_digit()));
+    numbers(line).next().filter(|_| begins)
 }
 
 /// AIME: the whole number in the last box, else the last one there is, 0 to 999.
@@ -37,11 +52,13 @@ pub fn integer(text: &str) -> Option<u32> {
     (number.fract() == 0.0 && (0.0..1000.0).contains(&number)).then_some(number as u32)
 }
 
-/// GPQA: the letter, A to D, behind the last word `answer`, else in the last box, else all there is.
+/// GPQA: the letter, A to D, behind the last word `answer` or in the last box, whichever stands last, else all there is.
 pub fn choice(text: &str) -> Option<char> {
     let lower = text.to_ascii_lowercase(); // of the same length
-    let behind = lower.rmatch_indices("answer").find_map(|(at, word)| letter(&text[at + word.len()..]));
-    behind.or_else(|| boxed(text).and_then(letter)).or_else(|| (text.trim().len() <= 4).then(|| letter(text))?)
+    let behind = lower.rmatch_indices("answer").find_map(|(at, word)| Some((at, letter(&text[at + word.len()..])?)));
+    let boxed = boxes(text).find_map(|(at, content)| Some((at, letter(content)?)));
+    let last = behind.max(boxed).map(|(_, letter)| letter);
+    last.or_else(|| (text.trim().len() <= 4).then(|| letter(text))?)
 }
 
 /// The letter that a text begins with, after signs and the words of `Answer: the correct choice is (C)`.
@@ -64,9 +81,9 @@ fn letter(text: &str) -> Option<char> {
     }
     let mut chars = rest.chars();
     let first = chars.next().filter(|c| ('A'..='D').contains(c))?;
-    // `A` may be a word, and `Both` begins with a B.
-    let ends =
-        |c: char| !c.is_alphanumeric() && (c != ' ' || chars.clone().nth(1).is_none_or(|next| !next.is_lowercase()));
+    // `Both` begins with a B, and `A` may be a word.
+    let is_word = |c: char| first == 'A' && c == ' ' && chars.clone().nth(1).is_some_and(char::is_lowercase);
+    let ends = |c: char| !c.is_alphanumeric() && !is_word(c);
     rest.chars().nth(1).is_none_or(ends).then_some(first)
 }
 
@@ -107,7 +124,18 @@ fn numbers(text: &str) -> impl DoubleEndedIterator<Item = f64> {
 
 /// Whether two numbers are the same, but for how a decimal fraction is stored.
 pub fn same_number(a: f64, b: f64) -> bool {
-    a.is_finite() && b.is_finite() && (a - b).abs() <= 1e-6 * a.abs().max(b.abs()).max(1.0)
+    if a.fract() == 0.0 && b.fract() == 0.0 {
+        return a == b;
+    }
+    a.is_finite() && b.is_finite() && (a - b).abs() <= 1e-9 * a.abs().max(b.abs()).max(1.0)
+}
+
+/// Whether a whole number is below zero, and its digits without zeros in front. It may be larger than any type here holds.
+pub(super) fn whole(text: &str) -> Option<(bool, &str)> {
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    let is_whole = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    let digits = digits.trim_start_matches('0');
+    is_whole.then_some((text.starts_with('-') && !digits.is_empty(), digits))
 }
 
 /// MATH: whether an answer is a known one. Compared are normal forms, then values, then parts of tuples and lists.
@@ -115,6 +143,9 @@ pub fn same_math(answer: &str, known: &str) -> bool {
     let (a, b) = (normal(answer), normal(known));
     if a == b {
         return !a.is_empty();
+    }
+    if let (Some(a), Some(b)) = (whole(&a), whole(&b)) {
+        return a == b;
     }
     if let (Some(a), Some(b)) = (value(&a), value(&b)) {
         return same_number(a, b);
@@ -174,7 +205,9 @@ fn normal(text: &str) -> String {
     }
     text.retain(|c| !c.is_whitespace());
     text = braced_arguments(&text, "\\frac", 2);
-    text = braced_arguments(&text, "\\sqrt", 1);
+    for command in ["\\sqrt", "^", "_"] {
+        text = braced_arguments(&text, command, 1);
+    }
     if is_grouped(&text) { text.replace(',', "") } else { text }
 }
 
@@ -225,7 +258,7 @@ fn without_unit(text: &str) -> String {
     text.to_string()
 }
 
-/// `\frac12`, `\frac1{72}` and `\sqrt2` with braces around their arguments.
+/// `\frac12`, `\frac1{72}`, `\sqrt2` and `x^2` with braces around their arguments.
 fn braced_arguments(text: &str, command: &str, count: usize) -> String {
     let mut out = String::new();
     let mut rest = text;
@@ -338,6 +371,8 @@ mod tests {
             (r"$\boxed{ \text{(C)} }$", Some(r" \text{(C)} ")),
             ("nothing", None),
             (r"\boxed{", None),
+            (r"\boxed{5}, in the form \boxed{} or \boxed{ }", Some("5")),
+            (r"\boxed{}", None),
         ] {
             assert_eq!(boxed(text), content, "{text}");
         }
@@ -358,6 +393,12 @@ mod tests {
             ("it fell to \u{2212}12 degrees", Some(-12.0)),
             ("1,2,3", Some(3.0)),
             ("50%", Some(50.0)),
+            ("#### Step 3: add\n5 + 6 = 11", Some(11.0)),
+            ("#### 72\n#### Step 3 is done", Some(72.0)),
+            ("#### **-$7**", Some(-7.0)),
+            ("#### .5", Some(0.5)),
+            (r"#### Step 3: add\n\boxed{11} of 12", Some(11.0)),
+            ("####", None),
             (".5", Some(0.5)),
             ("none", None),
             ("", None),
@@ -365,6 +406,8 @@ mod tests {
             assert_eq!(super::number(text), number, "{text}");
         }
         assert!(same_number(0.1 + 0.2, 0.3) && !same_number(72.0, 73.0) && !same_number(0.5, 0.501));
+        assert!(!same_number(1_000_001.0, 1_000_000.0) && !same_number(0.5, 0.500_000_1));
+        assert!(!same_number(f64::INFINITY, 0.5) && !same_number(f64::NAN, f64::NAN));
     }
 
     #[test]
@@ -394,6 +437,10 @@ mod tests {
             ("Answer: the correct option is B) 5 eV", Some('B')),
             ("B", Some('B')),
             ("(B)", Some('B')),
+            ("Answer: C because of the mass", Some('C')),
+            ("answer is D as shown", Some('D')),
+            (r"The answer is A. No: \boxed{B}", Some('B')),
+            (r"\boxed{B}? No: the answer is D.", Some('D')),
             ("The answer is A mixture of all", None),
             ("Answer: Both", None),
             ("Answer: E", None),
@@ -442,6 +489,9 @@ mod tests {
             (r"x^2+2x+1", r"x^2 + 2x + 1"),
             (r"11\sqrt{2}.", r"11\sqrt2"),
             ("\u{2212}3", "-3"),
+            ("x^{2}", "x^2"),
+            (r"2x^{3}_{1}+x^{12}", "2x^3_1 + x^{12}"),
+            ("+7", "007"),
         ] {
             assert!(same_math(answer, known) && same_math(known, answer), "{answer} and {known}");
         }
@@ -462,6 +512,9 @@ mod tests {
             (r"\text{Evelyn}", "Angela"),
             ("5 apples", "4"),
             ("1/0", "7"),
+            ("x^{12}", "x^12"),
+            ("1000001", "1000000"),
+            ("9007199254740993", "9007199254740992"),
         ] {
             assert!(!same_math(answer, known) && !same_math(known, answer), "{answer} and {known}");
         }
