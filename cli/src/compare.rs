@@ -39,7 +39,7 @@ pub(crate) struct Args {
     /// without --model and --policies 4].
     #[arg(long, value_delimiter = ',')]
     sweep: Vec<f64>,
-    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 10], or the first questions of
+    /// Texts per context, prompts per context, repetitions of a timing [default: 3, without --model 8], or the first questions of
     /// a benchmark [default: all].
     #[arg(long)]
     samples: Option<usize>,
@@ -92,7 +92,7 @@ const DEMO_DEFAULTS: Defaults = Defaults {
     tasks: "recall,chain",
     policies: "full;window:sinks=4;h2o;tova;snapkv;knorm;dms",
     sweep: &[4.0],
-    samples: 10,
+    samples: 8,
 };
 
 /// The command line, filled in.
