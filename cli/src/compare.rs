@@ -27,9 +27,10 @@ pub(crate) struct Args {
     /// Policies, separated by `;`. `full` is the measure of the others. [default: some well-known ones]
     #[arg(long)]
     policies: Option<String>,
-    /// What to measure: ppl, kl, token-match, needle, needle-multikey, needle-multivalue, needle-multiquery, word-key, variable-tracking,
-    /// common-words, state, recall, chain, speed, and the benchmarks of --file. From needle to state the policy compresses before it sees the question; with
-    /// -aware behind the name, after [default: ppl,kl,needle,speed; without --model recall,chain].
+    /// What to measure: ppl, kl, token-match, needle, needle-multikey, needle-multivalue, needle-multiquery, word-key,
+    /// variable-tracking, common-words, state, recall, chain, speed, and the benchmarks of --file. From needle to state the
+    /// policy compresses before it sees the question; with -aware behind the name, after [default: ppl,kl,needle,speed;
+    /// without --model recall,chain].
     #[arg(long)]
     tasks: Option<String>,
     /// Context lengths in tokens.
@@ -131,12 +132,6 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let text = args.text.as_deref().map(read_text).transpose()?;
     compare::check_text(&request.tasks, text.as_deref())?;
     let exams = args.file.iter().map(|file| exam(file, args)).collect::<Result<Vec<_>>>()?;
-    let twice = exams.iter().enumerate().find(|(i, a)| exams[..*i].iter().any(|b| a.benchmark == b.benchmark));
-    ensure!(
-        twice.is_none(),
-        "--file: {} has two files; give one",
-        twice.map_or_else(String::new, |(_, e)| e.benchmark.to_string())
-    );
     let sampling = Sampling { repeats: args.repeats, temperature: args.temperature, allow_exec: args.allow_exec };
     check_exams(&request.tasks, &exams, &sampling)?;
     let mut hosted = args.model.load()?;

@@ -1,6 +1,6 @@
 use crate::{results::read_report, table};
 use anyhow::{Context, Result, bail};
-use kvpolicy::compare::{Report, Row, Task};
+use kvpolicy::compare::{Report, Row};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Args)]
@@ -13,20 +13,16 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let mut read: Vec<(&Path, Report)> = vec![];
     let mut rows: Vec<Row> = vec![];
-    let mut tasks = vec![];
     for path in &args.results {
         let report = read_report(path)?;
         read.iter().try_for_each(|(earlier, other)| check_alike((earlier, other), (path, &report)))?;
-        for row in &report.rows {
-            tasks.extend(Task::parse_list(&row.task).with_context(|| path.display().to_string())?);
-            add(&mut rows, row.clone(), path);
-        }
+        // A task that nobody knows is one of this file.
+        table::tasks(&report.rows).with_context(|| path.display().to_string())?;
+        report.rows.iter().for_each(|row| add(&mut rows, row.clone(), path));
         read.push((path, report));
     }
     rows.sort_by_key(|row| row.context);
-    tasks.sort();
-    tasks.dedup();
-    println!("{}", table::comparison(&rows, &tasks));
+    println!("{}", table::comparison(&rows, &table::tasks(&rows)?));
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use crate::{
     table::{self, Figures},
 };
 use anyhow::{Context, Result, ensure};
-use kvpolicy::compare::{Asked, Report, Sample, Task, Trace};
+use kvpolicy::compare::{Asked, Report, Sample, Trace};
 use pictures::Picture;
 use std::path::{Path, PathBuf};
 
@@ -53,12 +53,7 @@ struct Findings {
 
 impl Findings {
     fn new(report: Report, samples: &[Sample], traces: Vec<Trace>) -> Result<Self> {
-        let mut tasks = vec![];
-        for row in &report.rows {
-            tasks.extend(Task::parse_list(&row.task)?);
-        }
-        tasks.sort();
-        tasks.dedup();
+        let tasks = table::tasks(&report.rows)?;
         let mut policies: Vec<String> = vec![];
         for row in &report.rows {
             if !policies.iter().any(|name| name == base(&row.policy)) {

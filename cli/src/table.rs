@@ -18,6 +18,15 @@ pub(crate) fn utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     })
 }
 
+/// The tasks that rows are of, once each and in the order of their columns.
+pub(crate) fn tasks<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Result<Vec<Task>> {
+    let read = rows.into_iter().map(|row| Ok(Task::parse_list(&row.task)?));
+    let mut tasks = read.collect::<Result<Vec<_>>>()?.concat();
+    tasks.sort();
+    tasks.dedup();
+    Ok(tasks)
+}
+
 /// Bytes with a unit.
 pub(crate) fn bytes(n: f64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -37,6 +37,8 @@ keyword_param!(
 );
 
 impl Benchmark {
+    /// The benchmark of a name, as `gsm8k`.
+    ///
     /// # Errors
     /// [`Error::Config`] with the names that are known.
     pub fn named(name: &str) -> Result<Self> {
@@ -164,7 +166,7 @@ impl Sampling {
 /// Whether the tasks have their files, and may do what they have to.
 ///
 /// # Errors
-/// [`Error::Config`] for a benchmark without a file or a file without a task, and for programs that may not be run.
+/// [`Error::Config`] for a benchmark without a file or with two, a file without a task, and programs that may not be run.
 pub fn check_exams(tasks: &[Task], exams: &[Exam], sampling: &Sampling) -> Result<()> {
     let refuse = |what: String| Err(Error::Config(what));
     for task in tasks {
@@ -178,6 +180,10 @@ pub fn check_exams(tasks: &[Task], exams: &[Exam], sampling: &Sampling) -> Resul
         if !exams.iter().any(|exam| exam.benchmark == *benchmark) {
             return refuse(format!("the task {benchmark} needs its questions: --file {benchmark}=FILE.jsonl"));
         }
+    }
+    let is_second = |(i, exam): &(usize, &Exam)| exams[..*i].iter().any(|other| other.benchmark == exam.benchmark);
+    if let Some((_, exam)) = exams.iter().enumerate().find(is_second) {
+        return refuse(format!("{} has two files; give one", exam.benchmark));
     }
     match exams.iter().find(|exam| !tasks.contains(&Task::Exam(exam.benchmark))) {
         Some(Exam { benchmark, .. }) => refuse(format!("a file of {benchmark} is given, which is not among the tasks")),

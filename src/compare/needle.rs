@@ -5,7 +5,7 @@ use super::{
     retrieval::{Expected, Prompt},
 };
 use crate::error::{Error, Result};
-use rand::Rng;
+use rand::{Rng, rngs::StdRng};
 
 const INTRODUCTION: &str =
     "There is an important pass key hidden inside a lot of text. Find it and memorize it. I will ask you about it.\n\n";
@@ -18,15 +18,23 @@ pub(super) fn prompt(texts: &Excerpts, sample: usize) -> Result<Prompt> {
     let number = rng.random_range(10_000..100_000u32).to_string();
     let needle = format!(" The pass key is {number}. Remember it. {number} is the pass key. ");
     let frame = texts.subject.chat(&format!("{INTRODUCTION}{needle}\n\n{QUESTION}"))?;
-    let room = texts.context().checked_sub(texts.subject.encode(&frame)?.len() + ANSWER);
-    let room = room.filter(|&room| room > 0).ok_or_else(|| {
-        Error::Config(format!("context={} leaves no room for text around the question", texts.context()))
-    })?;
-    let (_, hay) = texts.cut(&mut rng, room)?;
+    let hay = hay(texts, &mut rng, &frame, ANSWER)?;
     let depth = sentence_end(&hay, (hay.len() as f64 * rng.random_range(0.05..0.95)) as usize);
     let body = format!("{INTRODUCTION}{}{needle}{}\n\n", &hay[..depth], &hay[depth..]);
     let text = texts.subject.chat(&format!("{body}{QUESTION}"))?;
     Prompt::new(texts, text, QUESTION, Expected::Number(number), ANSWER)
+}
+
+/// Text for the room that a frame, and an answer of up to `answer` tokens, leave in the context.
+///
+/// # Errors
+/// [`Error::Config`] if they leave none, or for a text that is too short, and those of the host.
+pub(super) fn hay(texts: &Excerpts, rng: &mut StdRng, frame: &str, answer: usize) -> Result<String> {
+    let room = texts.context().checked_sub(texts.subject.encode(frame)?.len() + answer);
+    let room = room.filter(|&room| room > 0).ok_or_else(|| {
+        Error::Config(format!("context={} leaves no room for text around the question", texts.context()))
+    })?;
+    Ok(texts.cut(rng, room)?.1)
 }
 
 /// The end of the sentence around a byte, or the nearest character boundary if there is none.

@@ -4,11 +4,11 @@
 
 use super::{
     Ask, Excerpts,
-    needle::sentence_end,
+    needle::{hay, sentence_end},
     retrieval::{Expected, Prompt},
     word_key::{KEYS, key},
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 use rand::{Rng, rngs::StdRng, seq::index};
 
 const INTRODUCTION: &str =
@@ -23,11 +23,7 @@ pub(super) fn prompt(texts: &Excerpts, ask: Ask, sample: usize) -> Result<Prompt
     let mut rng = texts.rng(sample);
     let hidden = Hidden::new(&mut rng, ask);
     let frame = texts.subject.chat(&hidden.message(""))? + &hidden.begun_answer();
-    let room = texts.context().checked_sub(texts.subject.encode(&frame)?.len() + ANSWER);
-    let room = room.filter(|&room| room > 0).ok_or_else(|| {
-        Error::Config(format!("context={} leaves no room for text around the questions", texts.context()))
-    })?;
-    let (_, hay) = texts.cut(&mut rng, room)?;
+    let hay = hay(texts, &mut rng, &frame, ANSWER)?;
     let text = texts.subject.chat(&hidden.message(&hay))? + &hidden.begun_answer();
     Prompt::new(texts, text, &hidden.question(), Expected::All(hidden.values()), ANSWER)
 }

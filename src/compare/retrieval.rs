@@ -133,11 +133,7 @@ fn answer(texts: &Excerpts, setting: Setting, contender: &Contender, prompt: &Pr
     let mut sequence = texts.subject.open(&contender.policy)?;
     // With `last` the policy compresses what it has read before the question comes.
     sequence.prefill(&prompt.context, setting == Setting::Before)?;
-    let decode = |tokens: &[u32]| texts.subject.decode(tokens);
-    let is_whole = |answer: &[u32]| {
-        let ends_line = decode(&answer[answer.len() - 1..])?.contains('\n');
-        Ok(ends_line && prompt.expected.is_whole(&decode(answer)?))
-    };
+    let is_whole = at_line_ends(texts, |answer| prompt.expected.is_whole(answer));
     let answer = greedy(texts, &mut *sequence, &prompt.question, prompt.most, is_whole)?;
     Ok((answer, sequence.stats()))
 }
@@ -169,6 +165,14 @@ pub(super) fn largest_fitting(
         a_unit = taken.saturating_sub(first).max(1) as f64 / (guess - least) as f64;
     }
     Ok(Some(fitting))
+}
+
+/// Asks whether an answer is whole after each token that ends a line.
+pub(super) fn at_line_ends(texts: &Excerpts, is_whole: impl Fn(&str) -> bool) -> impl Fn(&[u32]) -> Result<bool> {
+    move |answer| {
+        let last = &answer[answer.len().saturating_sub(1)..];
+        Ok(texts.subject.decode(last)?.contains('\n') && is_whole(&texts.subject.decode(answer)?))
+    }
 }
 
 /// The most likely answer to a question: to a token that ends a text, to one after which it is whole, or to `most` tokens. The

@@ -3,7 +3,7 @@
 use super::{
     Contender, Excerpts, Log, Sample, Sequence, Task,
     problems::Problem,
-    retrieval::{first_number, greedy, last_line},
+    retrieval::{at_line_ends, first_number, greedy, last_line},
 };
 use crate::{
     error::{Error, Result},
@@ -101,11 +101,8 @@ impl Asked {
 
     /// Greedy, to the newline that ends the answer, which is not fed: the next question brings its own.
     fn answer(&self, texts: &Excerpts, sequence: &mut dyn Sequence, ask: &Ask) -> Result<String> {
-        let decode = |tokens: &[u32]| texts.subject.decode(tokens);
-        greedy(texts, sequence, &ask.tokens, ask.most, |answer| {
-            let ends_line = decode(&answer[answer.len() - 1..])?.contains('\n');
-            Ok(ends_line && is_whole(self.task, &decode(answer)?))
-        })
+        let is_whole = at_line_ends(texts, |answer| is_whole(self.task, answer));
+        greedy(texts, sequence, &ask.tokens, ask.most, is_whole)
     }
 }
 

@@ -278,15 +278,14 @@ fn main_program(code: &str, input: &str, limits: Limits) -> Result<Option<String
 /// What LiveCodeBench has imported before an answer begins: answers are written as on sites that do so. Of names that several
 /// modules have, those of Python itself count.
 const IMPORTS: &str = "
-for _module in (
-    'string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json typing builtins'
-).split():
-    exec(f'from {_module} import *')
-for _module in (
+_modules = (
     'string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json typing'
-).split():
+).split()
+for _module in _modules + ['builtins']:
+    exec(f'from {_module} import *')
+for _module in _modules:
     exec(f'import {_module}')
-del _module
+del _module, _modules
 sys.setrecursionlimit(50000)
 ";
 
