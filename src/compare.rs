@@ -53,6 +53,7 @@ pub use trace::{Trace, trace};
 use crate::{
     error::{Error, Result},
     params::Param,
+    policies::Full,
     policy::Policy,
     spec::{ModelSpec, keyword_param},
     stats::Stats,
@@ -82,6 +83,12 @@ pub trait Subject {
     fn chat(&self, user: &str) -> std::result::Result<String, HostError>;
     /// A new sequence under a policy.
     fn open(&self, policy: &Arc<dyn Policy>) -> std::result::Result<Box<dyn Sequence + '_>, HostError>;
+    /// What [`Task::Kl`] and [`Task::TokenMatch`] measure against: a new sequence that keeps everything. A subject that stores
+    /// keys and values in 8 bits does not here, so that `full` shows what they cost.
+    fn reference(&self) -> std::result::Result<Box<dyn Sequence + '_>, HostError> {
+        let full: Arc<dyn Policy> = Arc::new(Full {});
+        self.open(&full)
+    }
 }
 
 /// One sequence of a model.

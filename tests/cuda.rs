@@ -12,8 +12,8 @@ use common::{
     policies::EVERY_POLICY,
     policy, weave,
 };
-use kvpolicy::{CudaConfig, Error, KvCache, ModelSpec, Phase, Policy, SeqId, cuda};
-use std::sync::Arc;
+use kvpolicy::{CudaConfig, Error, Held, KvCache, LayerCx, ModelSpec, Needs, Phase, Policy, Score, SeqId, When, cuda};
+use std::sync::{Arc, Mutex};
 
 fn config(page_size: usize, dtype: DType) -> CudaConfig {
     CudaConfig { page_size, limit_bytes: Some(64 << 20), dtype, max_sequences: 8, max_entries: 1 << 14 }
@@ -23,7 +23,9 @@ fn on_gpu(device: &Device, spec: &ModelSpec, policy: Arc<dyn Policy>, config: &C
     Play::on(cuda(spec, config, device).unwrap(), spec, policy)
 }
 
+/// What kernels are given for a store of this type.
 fn rounded(stream: &Stream, dtype: DType) -> Stream {
+    let dtype = if dtype.size_in_bytes() == 1 { DType::BF16 } else { dtype };
     Stream { layers: stream.layers.iter().map(|data| data.rounded(dtype)).collect(), tokens: stream.tokens }
 }
 
@@ -115,9 +117,11 @@ fn tensor_cores_agree_for_every_head_size_and_group() {
         [(64, 8, 2), (64, 3, 3), (80, 5, 1), (96, 12, 2), (128, 12, 2), (128, 16, 1), (256, 4, 2), (64, 40, 2)]
     {
         let spec = complete(2, q_heads, kv_heads, head_dim);
-        for (dtype, page_size) in [(DType::BF16, 16), (DType::F16, 64), (DType::BF16, 32)] {
+        for (dtype, page_size) in
+            [(DType::BF16, 16), (DType::F16, 64), (DType::BF16, 32), (DType::F8E4M3, 32), (DType::U8, 16)]
+        {
             for text in MARKING {
-                let tolerance = if dtype == DType::BF16 { 2e-2 } else { 4e-3 };
+                let tolerance = if dtype == DType::F16 { 4e-3 } else { 2e-2 };
                 run_both(&device, &spec, text, &config(page_size, dtype), &[150, 300, 17, 65], 90, tolerance, true);
             }
         }
@@ -130,7 +134,9 @@ fn ranking_policies_keep_as_many_in_half_precision() {
     let spec = complete(2, 8, 2, 64);
     for text in EVERY_POLICY.iter().filter(|text| !text.contains("adakv")) {
         // Which entries stay may turn on a rounding, and then outputs differ: lengths are what both must agree on.
-        run_both(&device, &spec, text, &config(32, DType::BF16), &[120, 200], 60, f32::MAX, false);
+        for dtype in [DType::BF16, DType::F8E4M3, DType::U8] {
+            run_both(&device, &spec, text, &config(32, dtype), &[120, 200], 60, f32::MAX, false);
+        }
     }
 }
 
@@ -140,7 +146,7 @@ fn rows_of_every_odd_length() {
     let spec = complete(1, 8, 2, 64);
     for page_size in [16, 32, 64, 128] {
         let lens: Vec<usize> = vec![1, page_size - 1, page_size, page_size + 1, 2 * page_size, 255, 257];
-        for dtype in [DType::BF16, DType::F32] {
+        for dtype in [DType::BF16, DType::F32, DType::F8E4M3, DType::U8] {
             let streams = streams(&spec, &lens, dtype);
             let mut cpu = Play::on(store(&spec, 16, dtype), &spec, policy("full")).with(&streams);
             let mut gpu = on_gpu(&device, &spec, policy("full"), &config(page_size, dtype)).with(&streams);
@@ -153,15 +159,99 @@ fn rows_of_every_odd_length() {
     }
 }
 
+/// Without tensor cores.
+#[test]
+fn codes_of_heads_of_any_size() {
+    let Some(device) = gpu() else { return };
+    for head_dim in [16, 20, 72] {
+        let spec = complete(2, 4, 2, head_dim);
+        for text in MARKING {
+            for dtype in [DType::F8E4M3, DType::U8] {
+                run_both(&device, &spec, text, &config(16, dtype), &[85, 130, 30], 40, 2e-2, true);
+            }
+        }
+    }
+}
+
+/// What a policy saw at each trim: keys, values and carried scores.
+type Seen = Vec<[Vec<f32>; 3]>;
+
+/// Keeps everything and writes down what it sees.
+#[derive(Debug, Default)]
+struct Witness {
+    seen: Mutex<Seen>,
+}
+
+impl std::fmt::Display for Witness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("witness")
+    }
+}
+
+impl Policy for Witness {
+    fn needs(&self, _: &LayerCx) -> Needs {
+        Needs { attn_mass: Some(0.9), ..Needs::default() }
+    }
+    fn when(&self, _: &LayerCx) -> When {
+        When::ALWAYS
+    }
+    fn score(&self, _: &LayerCx, held: &dyn Held) -> kvpolicy::Result<Score> {
+        let flat = |tensor: Tensor| -> kvpolicy::Result<Vec<f32>> { Ok(tensor.flatten_all()?.to_vec1()?) };
+        let seen = [flat(held.keys()?)?, flat(held.values()?)?, flat(held.scores()?)?];
+        self.seen.lock().unwrap().push(seen);
+        Ok(Score::Carried)
+    }
+}
+
+#[test]
+fn what_a_policy_sees_is_what_it_sees_on_the_cpu() {
+    let Some(device) = gpu() else { return };
+    for (dtype, head_dim, tolerance) in [
+        (DType::F32, 16, 1e-4),
+        (DType::F8E4M3, 16, 1e-2),
+        (DType::BF16, 64, 1e-2),
+        (DType::F8E4M3, 64, 1e-2),
+        (DType::F8E4M3, 80, 1e-2),
+        (DType::F8E4M3, 128, 1e-2),
+        (DType::U8, 16, 1e-2),
+        (DType::U8, 64, 1e-2),
+        (DType::U8, 96, 1e-2),
+    ] {
+        let spec = complete(2, 6, 2, head_dim);
+        let streams = streams(&spec, &[150, 70], dtype);
+        let script = lives(7, &[150, 70], 60);
+        let witness = |backend| {
+            let policy = Arc::new(Witness::default());
+            let mut play = Play::on(backend, &spec, policy.clone()).with(&streams);
+            play.run(&script);
+            std::mem::take(&mut *policy.seen.lock().unwrap())
+        };
+        let want = witness(store(&spec, 16, dtype));
+        let got = witness(cuda(&spec, &config(32, dtype), &device).unwrap());
+        assert_eq!(got.len(), want.len());
+        for (step, (got, want)) in got.iter().zip(&want).enumerate() {
+            let what = format!("{dtype:?}, head_dim {head_dim}, trim {step}");
+            assert!(got[0] == want[0] && got[1] == want[1], "{what}: keys or values differ");
+            let off = got[2].iter().zip(&want[2]).map(|(a, b)| (a - b).abs() / b.abs().max(0.1)).fold(0.0, f32::max);
+            assert!(off <= tolerance, "{what}: scores are off by {off}");
+        }
+    }
+}
+
 #[test]
 fn many_sequences_decode_together() {
     let Some(device) = gpu() else { return };
     let spec = complete(2, 8, 2, 64);
     let lens: Vec<usize> = (0..40).map(|i| 30 + 7 * i).collect();
     let config = CudaConfig { max_sequences: 40, ..config(32, DType::BF16) };
-    for text in ["full", "random-gate:rate=0.8,window=16"] {
-        let streams = streams(&spec, &lens, DType::BF16);
-        let mut cpu = Play::on(store(&spec, 16, DType::BF16), &spec, policy(text)).with(&streams);
+    for (text, dtype) in [
+        ("full", DType::BF16),
+        ("random-gate:rate=0.8,window=16", DType::BF16),
+        ("random-gate:rate=0.8,window=16", DType::F8E4M3),
+    ] {
+        let streams = streams(&spec, &lens, dtype);
+        let config = CudaConfig { dtype, ..config.clone() };
+        let mut cpu = Play::on(store(&spec, 16, dtype), &spec, policy(text)).with(&streams);
         let mut gpu = on_gpu(&device, &spec, policy(text), &config).with(&streams);
         let mut script: Vec<Work> = vec![lens.iter().enumerate().map(|(i, len)| (i, len - 20, LAST)).collect()];
         script.extend((0..20).map(|_| (0..lens.len()).map(|i| (i, 1, DECODE)).collect::<Work>()));
@@ -470,7 +560,7 @@ fn configurations_that_make_no_sense_are_refused() {
     let good = config(16, DType::BF16);
     for (config, reason) in [
         (CudaConfig { page_size: 24, ..good.clone() }, "page_size=24"),
-        (CudaConfig { dtype: DType::U8, ..good.clone() }, "U8"),
+        (CudaConfig { dtype: DType::U32, ..good.clone() }, "U32"),
         (CudaConfig { limit_bytes: Some(100), ..good.clone() }, "100 bytes"),
         (CudaConfig { max_sequences: 0, ..good.clone() }, "max_sequences=0"),
         (CudaConfig { max_entries: 0, ..good.clone() }, "max_entries=0"),

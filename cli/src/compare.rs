@@ -1,5 +1,5 @@
 use crate::{
-    model::{ModelArgs, device_name},
+    model::{ModelArgs, device_name, kv_name},
     report,
     results::Results,
     table::{self, read_text},
@@ -228,7 +228,7 @@ fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
         model: hosted.lm.name().to_string(),
         model_sha256: hosted.lm.sha256()?,
         dtype: hosted.lm.dtype().as_str().to_string(),
-        kv_dtype: hosted.options.kv_dtype(hosted.lm.model()).as_str().to_string(),
+        kv_dtype: kv_name(hosted.options.kv_dtype(hosted.lm.model())).to_string(),
         text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
         samples: plan.samples,

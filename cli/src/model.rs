@@ -23,6 +23,39 @@ impl Float {
     }
 }
 
+/// What keys and values are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvType {
+    F32,
+    F16,
+    Bf16,
+    /// 8-bit floats, and a factor for each entry's key and value.
+    Fp8,
+    /// 8-bit whole numbers, and a factor for each entry's key and value.
+    Int8,
+}
+
+impl KvType {
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            Self::Fp8 => DType::F8E4M3,
+            Self::Int8 => DType::U8,
+        }
+    }
+}
+
+/// As `--kv-dtype` names it.
+pub(crate) fn kv_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F8E4M3 => "fp8",
+        DType::U8 => "int8",
+        other => other.as_str(),
+    }
+}
+
 /// Where a model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -97,7 +130,7 @@ pub(crate) struct ModelArgs {
     dequantize: bool,
     /// Type of stored keys and values [default: f32, on a GPU bf16].
     #[arg(long, value_enum)]
-    kv_dtype: Option<Float>,
+    kv_dtype: Option<KvType>,
     /// The most bytes a cache may take, such as 64MiB or 2GB [default: no limit; on a GPU what its longest context takes].
     #[arg(long, value_parser = bytes)]
     kv_memory: Option<u64>,
@@ -108,7 +141,7 @@ pub(crate) struct ModelArgs {
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<Hosted> {
-        let kv_dtype = self.kv_dtype.map(Float::dtype);
+        let kv_dtype = self.kv_dtype.map(KvType::dtype);
         let options = SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None };
         Ok(Hosted { lm: self.lm(self.dequantize)?, options })
     }

@@ -1,5 +1,5 @@
 // Writes a step's new keys and values where the plan said.
-#include "store.cuh"
+#include "codes.cuh"
 
 enum Marks : uint32_t {
     NEVER = 0,
@@ -45,7 +45,34 @@ template <typename T> __device__ void copy(T *to, const T *from, uint32_t n) {
     }
 }
 
-template <typename T> __device__ void append(const AppendParams &p) {
+// A warp stores one head of one token in 8 bits; returns the biased exponent.
+template <typename E> __device__ uint32_t encode(E *to, const __nv_bfloat16 *from, uint32_t n) {
+    float largest = 0.0f;
+    for (uint32_t i = threadIdx.x % 32; i < n; i += 32) largest = fmaxf(largest, fabsf(to_float(from[i])));
+    // Floats that are not negative are in the order of their bits.
+    uint32_t exponent = exponent_of<E>(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest))));
+    float divide = power(254 - exponent);
+    for (uint32_t i = threadIdx.x % 32; i < n; i += 32) {
+        narrow(to[i], to_float(from[i]) * divide);
+    }
+    return exponent;
+}
+
+// Stores key and value.
+template <typename E>
+__device__ void put(const Store &store, size_t entry, const typename Beside<E>::T *k, const typename Beside<E>::T *v) {
+    E *to_k = (E *)store.k + entry * store.head_dim, *to_v = (E *)store.v + entry * store.head_dim;
+    if constexpr (Beside<E>::SCALED) {
+        uint32_t of_key = encode(to_k, k, store.head_dim), of_value = encode(to_v, v, store.head_dim);
+        if (threadIdx.x % 32 == 0) store.factor[entry] = of_key | of_value << 8;
+    } else {
+        copy(to_k, k, store.head_dim);
+        copy(to_v, v, store.head_dim);
+    }
+}
+
+template <typename E> __device__ void append(const AppendParams &p) {
+    using T = typename Beside<E>::T;
     const Store &store = p.store;
     uint32_t i = blockIdx.x * WARPS + threadIdx.x / 32;
     if (i >= p.tokens * store.heads) return;
@@ -55,10 +82,8 @@ template <typename T> __device__ void append(const AppendParams &p) {
     if (target == NONE) return; // dropped
     uint32_t slot = target + j, pos = span.start + j;
     size_t entry = store.entry(row, slot);
-    copy((T *)store.k + entry * store.head_dim, (const T *)p.k + (size_t)token * p.k_stride + head * store.head_dim,
-         store.head_dim);
-    copy((T *)store.v + entry * store.head_dim, (const T *)p.v + (size_t)token * p.v_stride + head * store.head_dim,
-         store.head_dim);
+    put<E>(store, entry, (const T *)p.k + (size_t)token * p.k_stride + head * store.head_dim,
+           (const T *)p.v + (size_t)token * p.v_stride + head * store.head_dim);
     if (threadIdx.x % 32 != 0) return;
     store.tag[entry] = pos | (marked(p, span, j, head) ? MARK : 0);
     store.score[entry] = p.scores ? p.scores[(size_t)token * store.heads + head] : 0.0f;
@@ -79,3 +104,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) append_f16(const Append
 extern "C" __global__ void __launch_bounds__(WARPS * 32) append_bf16(const AppendParams p) {
     append<__nv_bfloat16>(p);
 }
+extern "C" __global__ void __launch_bounds__(WARPS * 32) append_fp8(const AppendParams p) { append<Fp8>(p); }
+extern "C" __global__ void __launch_bounds__(WARPS * 32) append_int8(const AppendParams p) { append<Int8>(p); }

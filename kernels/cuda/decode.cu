@@ -5,6 +5,11 @@
 // of every tile through its own shared-memory stages, without a barrier, for all query heads of the group at once on
 // tensor cores. Where a row ends, the warps' softmax parts are merged; a row that spans blocks is finished by the block
 // that comes last.
+//
+// A store of 8 bits is multiplied in f16: a lane's four codes of a key are its elements of both halves of a step, since the
+// contraction index may be permuted if on both sides alike; of the values, even and odd components make two products.
+// What an entry's key is scaled by goes to its score, what its value is scaled by into the power of two that is its weight.
+#include "codes.cuh"
 #include "mma.cuh"
 #include "work.cuh"
 
@@ -29,13 +34,16 @@ namespace {
 constexpr int KEYS = 16; // entries of a warp's part of a tile
 constexpr float LN2 = 0.69314718055994531f;
 
-template <int D> struct Shape {
-    static constexpr int CHUNKS = D / 8; // 16-byte pieces of a key
-    static constexpr int STAGES = D <= 64 ? 4 : D <= 96 ? 3 : 2;
-    static constexpr int STAGE_BYTES = 2 * KEYS * D * 2;
+template <typename E, int D> struct Shape {
+    static constexpr bool SCALED = Beside<E>::SCALED;
+    static constexpr int BYTES = D * sizeof(E), CHUNKS = BYTES / 16; // of a key; 16-byte pieces
+    static constexpr int STAGES = (D <= 64 ? 4 : D <= 96 ? 3 : 2) * (SCALED ? 2 : 1);
+    static constexpr int VALUES = KEYS * BYTES, FACTORS = 2 * VALUES; // where they begin in a stage
+    static constexpr int STAGE_BYTES = FACTORS + (SCALED ? 2 * KEYS : 0);
     // Where piece c of key r lies, so that 8 keys' pieces of one column fall into different banks.
     static __device__ int place(int r, int c) {
-        int swizzled = D % 64 == 0 ? c ^ (r & 7) : D == 96 ? c ^ ((r >> 1) & 3) : c ^ ((r >> 2) & 1);
+        int swizzled = BYTES % 128 == 0 ? c ^ (r & 7) : BYTES % 128 == 64 ? c ^ ((r >> 1) & 3)
+                       : BYTES % 32 == 0 ? c ^ ((r >> 2) & 1) : c;
         return (r * CHUNKS + swizzled) * 16;
     }
 };
@@ -75,7 +83,8 @@ template <int WARPS> struct Walk {
 };
 
 // Copies a warp's entries to shared memory, several tiles ahead. Lane i knows the page of the warp's part i tiles on.
-template <typename T, int D, int WARPS> struct Loader {
+template <typename E, int D, int WARPS> struct Loader {
+    using S = Shape<E, D>;
     static constexpr int TILE = WARPS * KEYS;
     const DecodeParams &p;
     Walk<WARPS> walk;
@@ -103,41 +112,123 @@ template <typename T, int D, int WARPS> struct Loader {
             if (walk.left > 0 && (other_row || walk.tile - known == 32)) look_up();
         }
         copy_commit();
-        stage = stage + 1 == Shape<D>::STAGES ? 0 : stage + 1;
+        stage = stage + 1 == S::STAGES ? 0 : stage + 1;
     }
     __device__ void copy_part() {
         uint32_t page = __shfl_sync(0xffffffffu, pages, walk.tile - known);
         uint32_t key = first_key();
         size_t entry = ((size_t)page << p.store.page_shift) + (key & ((1u << p.store.page_shift) - 1));
-        const T *k = (const T *)p.store.k + entry * D, *v = (const T *)p.store.v + entry * D;
-        uint32_t to = stages + stage * Shape<D>::STAGE_BYTES;
+        const unsigned char *k = (const unsigned char *)p.store.k + entry * S::BYTES;
+        const unsigned char *v = (const unsigned char *)p.store.v + entry * S::BYTES;
+        uint32_t to = stages + stage * S::STAGE_BYTES;
+        constexpr int PIECES = KEYS * S::CHUNKS;
 #pragma unroll
-        for (int i = 0; i < KEYS * Shape<D>::CHUNKS / 32; i++) {
-            int piece = i * 32 + threadIdx.x % 32, r = piece / Shape<D>::CHUNKS, c = piece % Shape<D>::CHUNKS;
+        for (int i = 0; i < (PIECES + 31) / 32; i++) {
+            int piece = i * 32 + threadIdx.x % 32, r = piece / S::CHUNKS, c = piece % S::CHUNKS;
+            if (PIECES % 32 != 0 && piece >= PIECES) break;
             bool valid = key + r < walk.work.len;
-            uint32_t at = to + Shape<D>::place(r, c);
-            copy_async(at, k + r * D + c * 8, valid);
-            copy_async(at + KEYS * D * 2, v + r * D + c * 8, valid);
+            uint32_t at = to + S::place(r, c);
+            copy_async(at, k + r * S::BYTES + c * 16, valid);
+            copy_async(at + S::VALUES, v + r * S::BYTES + c * 16, valid);
+        }
+        if constexpr (S::SCALED) { // a page has 16 entries at least, so all of these are there
+            uint32_t half = threadIdx.x % 32;
+            if (half < 2) copy_async(to + S::FACTORS + half * 16, p.store.factor + entry + half * 8, key < walk.work.len);
         }
     }
 };
 
+// A pair of bf16 as f16.
+__device__ inline uint32_t as_half(uint32_t pair) {
+    float2 wide = __bfloat1622float2(*(__nv_bfloat162 *)&pair);
+    return pack<__half>(wide.x, wide.y);
+}
+
 // The group's queries as the left operand: rows lane/4 and lane/4 + 8 of the tile.
-template <typename T, int D, bool HALF>
+template <typename E, int D, bool HALF>
 __device__ void load_queries(const DecodeParams &p, const RowWork &work, uint32_t (&q)[D / 16][4]) {
+    using T = typename Beside<E>::T;
+    constexpr bool SCALED = Beside<E>::SCALED;
+    constexpr int NEXT = SCALED ? 2 : 8; // a lane's second pair of a step
     int lane = threadIdx.x % 32;
     uint32_t head = work.row % p.store.heads * p.group;
     uint32_t first = blockIdx.y * 16 + lane / 4;
-    const T *base = (const T *)p.q + (size_t)work.token * p.q_stride + lane % 4 * 2;
+    const T *base = (const T *)p.q + (size_t)work.token * p.q_stride + lane % 4 * (SCALED ? 4 : 2);
     auto load = [&](uint32_t g, int i) -> uint32_t {
-        return g < p.group ? *(const uint32_t *)(base + (size_t)(head + g) * D + i) : 0;
+        uint32_t pair = g < p.group ? *(const uint32_t *)(base + (size_t)(head + g) * D + i) : 0;
+        return SCALED ? as_half(pair) : pair;
     };
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
         q[s][0] = load(first, s * 16);
-        q[s][2] = load(first, s * 16 + 8);
+        q[s][2] = load(first, s * 16 + NEXT);
         q[s][1] = HALF ? 0 : load(first + 8, s * 16);
-        q[s][3] = HALF ? 0 : load(first + 8, s * 16 + 8);
+        q[s][3] = HALF ? 0 : load(first + 8, s * 16 + NEXT);
+    }
+}
+
+// Scores of a warp's 16 entries: of entries 8 n + 2 (lane % 4) + i % 2 for query row lane / 4 + i / 2 * 8, not scaled.
+template <typename E, int D>
+__device__ void score(float (&s)[2][4], uint32_t stage, const uint32_t (&q)[D / 16][4]) {
+    using S = Shape<E, D>;
+    int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
+    if constexpr (!S::SCALED) {
+#pragma unroll
+        for (int step = 0; step < D / 16; step++) {
+            uint32_t k[4];
+            load_matrices(k, stage + S::place((matrix >> 1) * 8 + r, step * 2 + (matrix & 1)));
+            mma<E>(s[0], q[step], k[0], k[1]);
+            mma<E>(s[1], q[step], k[2], k[3]);
+        }
+    } else {
+#pragma unroll
+        for (int step = 0; step < D / 16; step += 2) { // two steps of 16 codes, of both groups of eight keys
+            uint32_t k[4];
+            load_matrices(k, stage + S::place((matrix & 1) * 8 + r, min(step + (matrix >> 1), S::CHUNKS - 1)));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (step + i / 2 < D / 16) {
+                    mma<__half>(s[i & 1], q[step + i / 2], half_pair<E>(k[i] & 0xffff), half_pair<E>(k[i] >> 16));
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            uint32_t pair = load_shared(stage + S::FACTORS + (n * 8 + lane % 4 * 2) * 2);
+            for (int i = 0; i < 4; i++) s[n][i] *= power(pair >> (i % 2 * 16) & 0xff);
+        }
+    }
+}
+
+// Adds the values of a warp's 16 entries, by weight: `weights` is the left operand.
+template <typename E, int D>
+__device__ void gather(float (&y)[D / 8][4], uint32_t stage, const uint32_t (&weights)[4]) {
+    using S = Shape<E, D>;
+    int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
+    uint32_t values = stage + S::VALUES;
+    if constexpr (!S::SCALED) {
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            uint32_t v[4];
+            load_matrices_transposed(v, values + S::place((matrix & 1) * 8 + r, n * 2 + (matrix >> 1)));
+            mma<E>(y[2 * n], weights, v[0], v[1]);
+            mma<E>(y[2 * n + 1], weights, v[2], v[3]);
+        }
+    } else {
+#pragma unroll
+        for (int n = 0; n < D / 16; n += 2) {
+            uint32_t v[4]; // of two keys the same pair of components each
+            load_matrices_transposed(v, values + S::place((matrix & 1) * 8 + r, min(n + (matrix >> 1), S::CHUNKS - 1)));
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (n + i >= D / 16) break;
+                uint32_t low = v[2 * i], high = v[2 * i + 1]; // keys 0 to 7, and 8 to 15
+                mma<__half>(y[2 * (n + i)], weights, half_pair<E>(__byte_perm(low, 0, 0x4420)),
+                            half_pair<E>(__byte_perm(high, 0, 0x4420)));
+                mma<__half>(y[2 * (n + i) + 1], weights, half_pair<E>(__byte_perm(low, 0, 0x4431)),
+                            half_pair<E>(__byte_perm(high, 0, 0x4431)));
+            }
+        }
     }
 }
 
@@ -159,17 +250,18 @@ __device__ uint32_t visible_entries(const DecodeParams &p, const RowWork &work, 
 }
 
 // One warp's 16 entries.
-template <typename T, int D, bool HALF>
+template <typename E, int D, bool HALF>
 __device__ void attend_part(const DecodeParams &p, const RowWork &work, uint32_t first_key, uint32_t stage,
                             const uint32_t (&q)[D / 16][4], Part<D> &part) {
-    int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
+    using S = Shape<E, D>;
     float s[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-        uint32_t k[4];
-        load_matrices(k, stage + Shape<D>::place((matrix >> 1) * 8 + r, step * 2 + (matrix & 1)));
-        mma<T>(s[0], q[step], k[0], k[1]);
-        mma<T>(s[1], q[step], k[2], k[3]);
+    score<E, D>(s, stage, q);
+    float exponent[2][2] = {}; // of the values' factors; an entry's weight is taken times its factor
+    if constexpr (S::SCALED) {
+        for (int n = 0; n < 2; n++) {
+            uint32_t pair = load_shared(stage + S::FACTORS + (n * 8 + threadIdx.x % 4 * 2) * 2);
+            for (int i = 0; i < 2; i++) exponent[n][i] = (float)(int)(pair >> (i * 16 + 8) & 0xff) - 127.0f;
+        }
     }
     if (first_key + KEYS > work.len || p.check_marks) {
         uint32_t seen = visible_entries(p, work, first_key);
@@ -181,33 +273,35 @@ __device__ void attend_part(const DecodeParams &p, const RowWork &work, uint32_t
 #pragma unroll
     for (int half = 0; half < (HALF ? 1 : 2); half++) {
         int i = half * 2;
-        float top = fmaxf(fmaxf(s[0][i], s[0][i + 1]), fmaxf(s[1][i], s[1][i + 1]));
+        float x[4], top;
+        if constexpr (S::SCALED) {
+            for (int j = 0; j < 4; j++) x[j] = fmaf(s[j / 2][i + j % 2], p.scale, exponent[j / 2][j % 2]);
+            top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+        } else {
+            top = fmaxf(fmaxf(s[0][i], s[0][i + 1]), fmaxf(s[1][i], s[1][i + 1]));
+        }
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2)) * p.scale;
-        top = fmaxf(part.max[half], top);
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        top = fmaxf(part.max[half], S::SCALED ? top : top * p.scale);
         float base = top == -INFINITY ? 0.0f : top; // nothing seen yet: no maximum to subtract
         float fade = exp2_fast(part.max[half] - base);
-        float w[4];
-        for (int n = 0; n < 2; n++)
-            for (int x = 0; x < 2; x++) w[2 * n + x] = exp2_fast(s[n][i + x] * p.scale - base);
+        float w[4], sum = 0.0f;
+        for (int j = 0; j < 4; j++) {
+            w[j] = exp2_fast(S::SCALED ? x[j] - base : s[j / 2][i + j % 2] * p.scale - base);
+            sum += S::SCALED ? w[j] * exp2_fast(-exponent[j / 2][j % 2]) : w[j];
+        }
         part.max[half] = top;
-        part.sum[half] = part.sum[half] * fade + w[0] + w[1] + w[2] + w[3];
+        part.sum[half] = part.sum[half] * fade + sum;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             part.y[n][i] *= fade;
             part.y[n][i + 1] *= fade;
         }
-        weights[half] = pack<T>(w[0], w[1]);
-        weights[half + 2] = pack<T>(w[2], w[3]);
+        using M = std::conditional_t<S::SCALED, __half, E>;
+        weights[half] = pack<M>(w[0], w[1]);
+        weights[half + 2] = pack<M>(w[2], w[3]);
     }
-    uint32_t values = stage + KEYS * D * 2;
-#pragma unroll
-    for (int n = 0; n < D / 16; n++) {
-        uint32_t v[4];
-        load_matrices_transposed(v, values + Shape<D>::place((matrix & 1) * 8 + r, n * 2 + (matrix >> 1)));
-        mma<T>(part.y[2 * n], weights, v[0], v[1]);
-        mma<T>(part.y[2 * n + 1], weights, v[2], v[3]);
-    }
+    gather<E, D>(part.y, stage, weights);
 }
 
 // A part in memory: outputs [rows][D + 8] (the padding keeps a warp's writes in different banks), then each row's maximum,
@@ -221,7 +315,7 @@ template <int D, bool HALF> struct PartLayout {
 };
 
 // Writes a warp's part to shared memory.
-template <int D, bool HALF> __device__ void store_part(float *to, const Part<D> &part) {
+template <typename E, int D, bool HALF> __device__ void store_part(float *to, const Part<D> &part) {
     using Layout = PartLayout<D, HALF>;
     int lane = threadIdx.x % 32;
 #pragma unroll
@@ -234,10 +328,18 @@ template <int D, bool HALF> __device__ void store_part(float *to, const Part<D> 
             to[Layout::MAX + g] = part.max[half];
             to[Layout::SUM + g] = sum;
         }
+        float *row = to + g * Layout::STRIDE;
+        if constexpr (!Beside<E>::SCALED) {
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            *(float2 *)(to + g * Layout::STRIDE + n * 8 + lane % 4 * 2) =
-                make_float2(part.y[n][half * 2], part.y[n][half * 2 + 1]);
+            for (int n = 0; n < D / 8; n++) {
+                *(float2 *)(row + n * 8 + lane % 4 * 2) = make_float2(part.y[n][half * 2], part.y[n][half * 2 + 1]);
+            }
+        } else { // even and odd components were two products
+#pragma unroll
+            for (int n = 0; n < D / 8; n += 2) {
+                const float *even = part.y[n] + half * 2, *odd = part.y[n + 1] + half * 2;
+                *(float4 *)(row + n * 8 + lane % 4 * 4) = make_float4(even[0], odd[0], even[1], odd[1]);
+            }
         }
     }
 }
@@ -323,11 +425,12 @@ __device__ void write_result(const DecodeParams &p, const RowWork &work, int g, 
 }
 
 // The end of a block's piece of a row.
-template <typename T, int D, bool HALF, int WARPS>
+template <typename E, int D, bool HALF, int WARPS>
 __device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk<WARPS> &walk, uint32_t first_tile,
                        const Part<D> &part, float *shared, uint32_t *last) {
+    using T = typename Beside<E>::T;
     using Layout = PartLayout<D, HALF>;
-    store_part<D, HALF>(shared + threadIdx.x / 32 * Layout::FLOATS, part);
+    store_part<E, D, HALF>(shared + threadIdx.x / 32 * Layout::FLOATS, part);
     __syncthreads();
     const RowWork &work = walk.work;
     int rows = min(p.group - blockIdx.y * 16, (uint32_t)Layout::ROWS);
@@ -368,19 +471,20 @@ __device__ void finish(const DecodeParams &p, const BlockWork &block, const Walk
     __syncthreads(); // before the next row's parts overwrite these
 }
 
-template <typename T, int D, bool HALF, int WARPS> __device__ void decode(const DecodeParams &p) {
+template <typename E, int D, bool HALF, int WARPS> __device__ void decode(const DecodeParams &p) {
     extern __shared__ __align__(128) uint8_t memory[];
     __shared__ uint32_t last;
-    constexpr int STAGES = Shape<D>::STAGES;
-    float *shared = (float *)(memory + WARPS * STAGES * Shape<D>::STAGE_BYTES);
-    uint32_t stages = shared_address(memory) + threadIdx.x / 32 * STAGES * Shape<D>::STAGE_BYTES;
+    using S = Shape<E, D>;
+    constexpr int STAGES = S::STAGES;
+    float *shared = (float *)(memory + WARPS * STAGES * S::STAGE_BYTES);
+    uint32_t stages = shared_address(memory) + threadIdx.x / 32 * STAGES * S::STAGE_BYTES;
     const BlockWork block = p.blocks[blockIdx.x];
     if (block.tiles == 0) return;
-    Loader<T, D, WARPS> loader(p, block, stages);
+    Loader<E, D, WARPS> loader(p, block, stages);
     Walk<WARPS> walk = loader.walk;
     for (int i = 0; i < STAGES - 1; i++) loader.issue();
     uint32_t q[D / 16][4];
-    load_queries<T, D, HALF>(p, walk.work, q);
+    load_queries<E, D, HALF>(p, walk.work, q);
     Part<D> part;
     part.clear();
     uint32_t first_tile = walk.tile;
@@ -390,26 +494,28 @@ template <typename T, int D, bool HALF, int WARPS> __device__ void decode(const 
         loader.issue();
         uint32_t key = walk.tile * WARPS * KEYS + threadIdx.x / 32 * KEYS;
         if (key < walk.work.len) {
-            attend_part<T, D, HALF>(p, walk.work, key, stages + stage * Shape<D>::STAGE_BYTES, q, part);
+            attend_part<E, D, HALF>(p, walk.work, key, stages + stage * S::STAGE_BYTES, q, part);
         }
         if (walk.ends_row()) {
-            finish<T, D, HALF, WARPS>(p, block, walk, first_tile, part, shared, &last);
+            finish<E, D, HALF, WARPS>(p, block, walk, first_tile, part, shared, &last);
             part.clear();
             first_tile = 0;
         }
-        if (walk.next()) load_queries<T, D, HALF>(p, walk.work, q);
+        if (walk.next()) load_queries<E, D, HALF>(p, walk.work, q);
     }
 }
 
 } // namespace
 
-#define DECODE(NAME, T, D, ROWS, WARPS)                                                                                \
+#define DECODE(NAME, E, D, ROWS, WARPS)                                                                                \
     extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                           \
         decode_##NAME##_##D##_##ROWS##_##WARPS(const DecodeParams p) {                                                 \
-        decode<T, D, ROWS == 8, WARPS>(p);                                                                             \
+        decode<E, D, ROWS == 8, WARPS>(p);                                                                             \
     }
-#define DECODE_ROWS(NAME, T, D, WARPS) DECODE(NAME, T, D, 8, WARPS) DECODE(NAME, T, D, 16, WARPS)
-#define DECODE_TYPES(D, WARPS) DECODE_ROWS(bf16, __nv_bfloat16, D, WARPS) DECODE_ROWS(f16, __half, D, WARPS)
+#define DECODE_ROWS(NAME, E, D, WARPS) DECODE(NAME, E, D, 8, WARPS) DECODE(NAME, E, D, 16, WARPS)
+#define DECODE_TYPES(D, WARPS)                                                                                         \
+    DECODE_ROWS(bf16, __nv_bfloat16, D, WARPS) DECODE_ROWS(f16, __half, D, WARPS) DECODE_ROWS(fp8, Fp8, D, WARPS) \
+    DECODE_ROWS(int8, Int8, D, WARPS)
 DECODE_TYPES(64, 4)
 DECODE_TYPES(80, 4)
 DECODE_TYPES(96, 4)

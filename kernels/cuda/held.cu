@@ -1,7 +1,7 @@
 // A policy's view of held entries: dense, oldest first. `order` says which slot each place of that view shows; the rest
 // gathers by it, or scatters what a policy made of it back to slots.
 #include "block.cuh"
-#include "store.cuh"
+#include "codes.cuh"
 
 // Rows of one layer, listed spans outermost.
 struct ListedRows {
@@ -28,6 +28,7 @@ struct GatherParams {
     ListedRows rows;
     const void *plane; // the store's keys or values
     float *out;        // [listed, heads, max_len, head_dim]
+    uint32_t values;   // the plane is the values'
 };
 
 // Each [listed, heads, max_len]; null where it is not wanted.
@@ -85,17 +86,17 @@ struct Positions {
 template <typename T, int W> struct alignas(sizeof(T) * W) Piece { T x[W]; };
 
 // A thread a piece of W elements of the output.
-template <typename T, int W> __device__ void gather(const GatherParams &p) {
+template <typename E, int W> __device__ void gather(const GatherParams &p) {
     const ListedRows &rows = p.rows;
     const uint32_t listed = blockIdx.y, row = rows.row(listed);
     const uint32_t pieces = rows.store.head_dim / W, all = rows.max_len * pieces;
     const uint32_t *order = rows.order + (size_t)listed * rows.max_len;
-    auto *plane = (const Piece<T, W> *)p.plane;
+    auto *plane = (const Piece<E, W> *)p.plane;
     auto *out = (Piece<float, W> *)p.out + (size_t)listed * all;
     const uint32_t first = blockIdx.x * blockDim.x * BATCH + threadIdx.x;
     uint32_t slot[BATCH];
     size_t entry[BATCH]; // any where there is none: it is read and not used
-    Piece<T, W> held[BATCH];
+    Piece<E, W> held[BATCH];
 #pragma unroll
     for (uint32_t j = 0; j < BATCH; j++) slot[j] = order[min(first + j * blockDim.x, all - 1) / pieces];
 #pragma unroll
@@ -109,16 +110,17 @@ template <typename T, int W> __device__ void gather(const GatherParams &p) {
     for (uint32_t j = 0; j < BATCH; j++) {
         uint32_t i = first + j * blockDim.x;
         if (i >= all) return;
+        float factor = p.values ? value_factor<E>(rows.store, entry[j]) : key_factor<E>(rows.store, entry[j]);
         Piece<float, W> wide;
 #pragma unroll
-        for (int e = 0; e < W; e++) wide.x[e] = slot[j] == NONE ? 0.0f : to_float(held[j].x[e]);
+        for (int e = 0; e < W; e++) wide.x[e] = slot[j] == NONE ? 0.0f : to_float(held[j].x[e]) * factor;
         out[i] = wide;
     }
 }
 
-template <typename T> __device__ void gather_any(const GatherParams &p) {
-    if (p.rows.store.head_dim % 4 == 0) gather<T, 4>(p);
-    else gather<T, 1>(p);
+template <typename E> __device__ void gather_any(const GatherParams &p) {
+    if (p.rows.store.head_dim % 4 == 0) gather<E, 4>(p);
+    else gather<E, 1>(p);
 }
 
 } // namespace
@@ -156,6 +158,12 @@ extern "C" __global__ void __launch_bounds__(256) gather_f16(const __grid_consta
 }
 extern "C" __global__ void __launch_bounds__(256) gather_bf16(const __grid_constant__ GatherParams p) {
     gather_any<__nv_bfloat16>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) gather_fp8(const __grid_constant__ GatherParams p) {
+    gather_any<Fp8>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) gather_int8(const __grid_constant__ GatherParams p) {
+    gather_any<Int8>(p);
 }
 
 // A thread an entry.

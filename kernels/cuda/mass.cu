@@ -6,6 +6,7 @@
 //
 // The contraction index of a matrix product may be permuted, if on both sides alike: a lane reads 16 bytes of a key or
 // a query at once and feeds them as its elements of two consecutive steps, so neither goes through shared memory.
+#include "codes.cuh"
 #include "mma.cuh"
 #include "prefill.cuh"
 
@@ -69,6 +70,17 @@ template <int DIM> struct Chunks {
             at[i] = real ? ((const uint4 *)line)[chunk] : make_uint4(0, 0, 0, 0);
         }
     }
+    // Codes as bf16.
+    template <typename E> __device__ void widen(const void *line, bool exists) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            uint32_t chunk = i * 4 + threadIdx.x % 4;
+            bool real = exists && (DIM % 32 == 0 || chunk < DIM / 8);
+            uint2 codes = real ? ((const uint2 *)line)[chunk] : make_uint2(0, 0);
+            uint2 low = bf16_four<E>(codes.x), high = bf16_four<E>(codes.y);
+            at[i] = make_uint4(low.x, low.y, high.x, high.y);
+        }
+    }
 };
 
 // One of eight queries.
@@ -99,8 +111,10 @@ struct Cursor {
 };
 
 // The entries of a warp. Of both blocks of 16 a lane has entries lane / 4 + {0, 8}: index block * 2 + {0, 1}.
-template <typename T, int DIM> struct Entries {
+template <typename E, int DIM> struct Entries {
+    using T = typename Beside<E>::T;
     Chunks<DIM> k[4];
+    float factor[Beside<E>::SCALED ? 4 : 1]; // of the keys
     uint32_t pos[4], end[4]; // seen by the queries at pos..end
     float mass[4];
 
@@ -126,7 +140,8 @@ template <typename T, int DIM> struct Entries {
             uint32_t n = WHOLE ? 0 : __shfl_sync(~0u, now, lane);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float x = exp2_fast(fmaf(s[i / 2][i % 2 * 2 + c], scale, b));
+                float of_entry = Beside<E>::SCALED ? scale * factor[Beside<E>::SCALED ? i : 0] : scale;
+                float x = exp2_fast(fmaf(s[i / 2][i % 2 * 2 + c], of_entry, b));
                 mass[i] += WHOLE || (n >= pos[i] && n < end[i]) ? x : 0.0f;
             }
         }
@@ -147,7 +162,8 @@ template <typename T, int DIM> struct Entries {
     }
 };
 
-template <typename T, int DIM> __device__ inline void mass(const MassParams &p) {
+template <typename E, int DIM> __device__ inline void mass(const MassParams &p) {
+    using T = typename Beside<E>::T;
     const Target target(p);
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t from = (blockIdx.x / p.store.heads * WARPS + threadIdx.x / 32) * ENTRIES, slot = from + lane;
@@ -156,11 +172,18 @@ template <typename T, int DIM> __device__ inline void mass(const MassParams &p) 
     const uint32_t entry = exists ? p.store.entry(target.row, slot) : 0; // fits: 2^32 are more than any memory holds
     const uint32_t tag = p.store.tag[entry];
 
-    Entries<T, DIM> entries;
+    Entries<E, DIM> entries;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         size_t at = __shfl_sync(~0u, entry, lane / 4 + i * 8);
-        entries.k[i].read((const T *)p.store.k + at * DIM, from + lane / 4 + i * 8 < target.len);
+        bool real = from + lane / 4 + i * 8 < target.len;
+        const void *line = (const E *)p.store.k + at * DIM;
+        if constexpr (Beside<E>::SCALED) {
+            entries.k[i].template widen<E>(line, real);
+            entries.factor[i] = real ? key_factor<E>(p.store, at) : 1.0f;
+        } else {
+            entries.k[i].read(line, real);
+        }
         entries.mass[i] = 0.0f;
     }
     const Sight sight = sight_of(tag, exists, p.protect);
@@ -195,13 +218,15 @@ template <typename T, int DIM> __device__ inline void mass(const MassParams &p) 
 }
 
 // Any head_dim: a thread for each entry.
-template <typename T> __device__ inline void mass_plain(const MassParams &p) {
+template <typename E> __device__ inline void mass_plain(const MassParams &p) {
+    using T = typename Beside<E>::T;
     const Target target(p);
     const uint32_t slot = blockIdx.x / p.store.heads * (WARPS * ENTRIES) + threadIdx.x, dim = p.store.head_dim;
     if (slot >= target.len) return;
     const size_t entry = p.store.entry(target.row, slot);
     const uint32_t tag = p.store.tag[entry];
-    const T *k = (const T *)p.store.k + entry * dim;
+    const E *k = (const E *)p.store.k + entry * dim;
+    const float scale = p.scale * LOG2E * key_factor<E>(p.store, entry);
     const uint2 tokens = target.tokens(tag & ~MARK, end_of(tag, p.protect));
     float sum = 0.0f;
     for (uint32_t token = tokens.x; token < tokens.y; token++) {
@@ -209,7 +234,7 @@ template <typename T> __device__ inline void mass_plain(const MassParams &p) {
             const T *q = (const T *)p.q + target.query(p, token, g);
             float s = 0.0f;
             for (uint32_t i = 0; i < dim; i++) s = fmaf(to_float(q[i]), to_float(k[i]), s);
-            sum += exp2f(fmaf(s, p.scale * LOG2E, target.bias(p, token, g)));
+            sum += exp2f(fmaf(s, scale, target.bias(p, token, g)));
         }
     }
     target.update(p, entry, sum);
@@ -217,13 +242,15 @@ template <typename T> __device__ inline void mass_plain(const MassParams &p) {
 
 } // namespace
 
-#define MASS(name, T, DIM, RESIDENT)                                                                                    \
+#define MASS(name, E, DIM, RESIDENT)                                                                                    \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) name##_##DIM(const MassParams p) {               \
-        mass<T, DIM>(p);                                                                                                \
+        mass<E, DIM>(p);                                                                                                \
     }
 #define MASSES(DIM, RESIDENT)                                                                                           \
     MASS(mass_f16, __half, DIM, RESIDENT)                                                                               \
-    MASS(mass_bf16, __nv_bfloat16, DIM, RESIDENT)
+    MASS(mass_bf16, __nv_bfloat16, DIM, RESIDENT)                                                                       \
+    MASS(mass_fp8, Fp8, DIM, RESIDENT)                                                                                  \
+    MASS(mass_int8, Int8, DIM, RESIDENT)
 
 MASSES(64, 4)
 MASSES(80, 4)
@@ -234,6 +261,8 @@ MASSES(256, 2)
 extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_f32(const MassParams p) { mass_plain<float>(p); }
 extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_f16(const MassParams p) { mass_plain<__half>(p); }
 extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_bf16(const MassParams p) { mass_plain<__nv_bfloat16>(p); }
+extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_fp8(const MassParams p) { mass_plain<Fp8>(p); }
+extern "C" __global__ void __launch_bounds__(WARPS * 32) mass_int8(const MassParams p) { mass_plain<Int8>(p); }
 
 struct LayerMassParams {
     Store store;

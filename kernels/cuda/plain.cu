@@ -1,6 +1,6 @@
 // Attention without tensor cores: any element type, any head size, any span. What the fast kernels do not cover, and
 // what they are compared with.
-#include "store.cuh"
+#include "codes.cuh"
 
 struct PlainParams {
     Store store;
@@ -33,7 +33,8 @@ template <bool MAX> __device__ float reduce(float x, float *shared) {
 }
 
 // One block a query: a thread an entry for the scores, a thread a component for the output.
-template <typename T> __device__ void plain(const PlainParams &p) {
+template <typename E> __device__ void plain(const PlainParams &p) {
+    using T = typename Beside<E>::T;
     extern __shared__ float y[]; // [head_dim]
     __shared__ float weights[THREADS], shared[THREADS / 32];
     __shared__ size_t entries[THREADS];
@@ -53,22 +54,22 @@ template <typename T> __device__ void plain(const PlainParams &p) {
             if (p.protect.visible(store.tag[entry], now)) {
                 s = 0.0f;
                 for (uint32_t i = 0; i < d; i++) {
-                    s += to_float(q[i]) * to_float(((const T *)store.k)[entry * d + i]);
+                    s += to_float(q[i]) * to_float(((const E *)store.k)[entry * d + i]);
                 }
-                s *= p.scale;
+                s *= p.scale * key_factor<E>(store, entry);
             }
         }
         float top = fmaxf(max, reduce<true>(s, shared));
         if (top == -INFINITY) continue; // the whole tile is invisible; the same for every thread
         float weight = expf(s - top), fade = expf(max - top);
-        weights[threadIdx.x] = weight;
+        weights[threadIdx.x] = weight > 0.0f ? weight * value_factor<E>(store, entries[threadIdx.x]) : 0.0f;
         sum = sum * fade + reduce<false>(weight, shared);
         max = top;
         uint32_t n = min(len - from, (uint32_t)THREADS);
         for (uint32_t i = threadIdx.x; i < d; i += THREADS) {
             float component = y[i] * fade;
             for (uint32_t j = 0; j < n; j++) {
-                if (weights[j] > 0.0f) component += weights[j] * to_float(((const T *)store.v)[entries[j] * d + i]);
+                if (weights[j] > 0.0f) component += weights[j] * to_float(((const E *)store.v)[entries[j] * d + i]);
             }
             y[i] = component;
         }
@@ -86,3 +87,5 @@ template <typename T> __device__ void plain(const PlainParams &p) {
 extern "C" __global__ void __launch_bounds__(THREADS) plain_f32(const PlainParams p) { plain<float>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS) plain_f16(const PlainParams p) { plain<__half>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS) plain_bf16(const PlainParams p) { plain<__nv_bfloat16>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS) plain_fp8(const PlainParams p) { plain<Fp8>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS) plain_int8(const PlainParams p) { plain<Int8>(p); }

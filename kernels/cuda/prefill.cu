@@ -6,6 +6,10 @@
 //
 // A kernel before it notes for each tile of entries which queries see some of it and which see all (`Sight`), so that
 // tiles that no query sees cost nothing and tiles that every query sees need no mask, in whatever order entries lie.
+//
+// A tile of a store of 8 bits is copied as it is and widened to bf16 before it is multiplied, so that one stage of each is
+// enough.
+#include "codes.cuh"
 #include "mma.cuh"
 #include "prefill.cuh"
 #include <cuda_pipeline_primitives.h>
@@ -31,16 +35,20 @@ namespace {
 constexpr float SLACK = 8.0f;
 
 // What is compiled in. Each warp has BLOCKS times 16 of the tile's rows; with HOLD it keeps its queries in registers.
-template <typename T_, int DIM_, int WARPS_, int BLOCKS_, int KEYS_, bool HOLD_> struct Shape {
-    using T = T_;
+template <typename E_, int DIM_, int WARPS_, int BLOCKS_, int KEYS_, bool HOLD_> struct Shape {
+    using E = E_;
+    using T = typename Beside<E>::T;
     using L = Lines<DIM_>;
     static constexpr int DIM = DIM_, WARPS = WARPS_, BLOCKS = BLOCKS_, KEYS = KEYS_;
     static constexpr bool HOLD = HOLD_;
     static constexpr int THREADS = WARPS * 32, ROWS = WARPS * BLOCKS * 16, CHUNKS = DIM / 8, PAGES = KEYS / 16;
-    // Shared memory. Keys, values, tags and page ids have two stages.
-    static constexpr uint32_t STAGE = KEYS * L::BYTES;
-    static constexpr uint32_t K = ROWS * L::BYTES, V = K + 2 * STAGE, TAGS = V + 2 * STAGE, IDS = TAGS + 2 * KEYS * 4,
-                              TOKENS = IDS + 2 * PAGES * 4, BYTES = TOKENS + ROWS;
+    static constexpr bool SCALED = Beside<E>::SCALED;
+    // Shared memory. Tags and page ids have two stages, and keys and values unless they are widened from codes.
+    static constexpr uint32_t STAGE = KEYS * L::BYTES, STAGES = SCALED ? 1 : 2;
+    static constexpr uint32_t K = ROWS * L::BYTES, V = K + STAGES * STAGE, CODES = V + STAGES * STAGE;
+    static constexpr uint32_t PLANE = SCALED ? KEYS * DIM : 0; // codes of keys, then of values, then factors
+    static constexpr uint32_t FACTORS = CODES + 2 * PLANE, TAGS = FACTORS + (SCALED ? KEYS * 2 : 0);
+    static constexpr uint32_t IDS = TAGS + 2 * KEYS * 4, TOKENS = IDS + 2 * PAGES * 4, BYTES = TOKENS + ROWS;
 };
 
 // A tile of queries and the row it attends to.
@@ -96,32 +104,75 @@ template <class S> __device__ inline void copy_ids(const PrefillParams &p, const
     __pipeline_memcpy_async(ids + threadIdx.x, table + (exists ? slot >> p.store.page_shift : 0), 4, exists ? 0 : 4);
 }
 
-// Keys, values and tags of a tile of entries, zeros past the row's end: asynchronous.
+// Keys, values, factors and tags of a tile of entries, zeros past the row's end: asynchronous.
 template <class S>
 __device__ inline void copy_entries(const PrefillParams &p, uint32_t len, uint32_t tile, const uint32_t *ids, uint32_t k,
-                                    uint32_t v, uint32_t tags) {
-    constexpr int COUNT = (S::KEYS * S::CHUNKS + S::THREADS - 1) / S::THREADS;
-    constexpr bool EVEN = S::THREADS % S::CHUNKS == 0; // then a thread has the same chunk of every line
-    constexpr bool EXACT = S::KEYS * S::CHUNKS % S::THREADS == 0;
+                                    uint32_t v, uint32_t factors, uint32_t tags) {
+    constexpr int CHUNKS = S::DIM * sizeof(typename S::E) / 16; // as they are stored
+    constexpr int COUNT = (S::KEYS * CHUNKS + S::THREADS - 1) / S::THREADS;
+    constexpr bool EVEN = S::THREADS % CHUNKS == 0; // then a thread has the same chunk of every line
+    constexpr bool EXACT = S::KEYS * CHUNKS % S::THREADS == 0;
     const uint32_t shift = p.store.page_shift, low = (1u << shift) - 1, from = tile * S::KEYS, left = len - from;
     const uint32_t thread = threadIdx.x;
     // Fits: 2^32 entries would be more than any GPU's memory.
     auto entry = [&](uint32_t i) { return (ids[i / 16] << shift) + ((from + i) & low); };
     auto line = [&](int j) {
-        return EVEN ? j * (S::THREADS / S::CHUNKS) + thread / S::CHUNKS : (j * S::THREADS + thread) / S::CHUNKS;
+        return EVEN ? j * (S::THREADS / CHUNKS) + thread / CHUNKS : (j * S::THREADS + thread) / CHUNKS;
     };
     uint32_t entries[COUNT]; // all looked up before the first copy: the two do not mix well
 #pragma unroll
     for (int j = 0; j < COUNT; j++) entries[j] = entry(EXACT ? line(j) : min(line(j), S::KEYS - 1));
 #pragma unroll
     for (int j = 0; j < COUNT; j++) {
-        uint32_t i = line(j), chunk = EVEN ? thread % S::CHUNKS : (j * S::THREADS + thread) % S::CHUNKS;
+        uint32_t i = line(j), chunk = EVEN ? thread % CHUNKS : (j * S::THREADS + thread) % CHUNKS;
         if (!EXACT && i >= S::KEYS) break;
-        uint64_t at = (uint64_t)entries[j] * (S::DIM * 2);
-        copy_async(k + S::L::at(i, chunk), (const unsigned char *)p.store.k + chunk * 16 + at, i < left);
-        copy_async(v + S::L::at(i, chunk), (const unsigned char *)p.store.v + chunk * 16 + at, i < left);
+        uint64_t at = (uint64_t)entries[j] * (CHUNKS * 16);
+        uint32_t to = S::SCALED ? (i * CHUNKS + chunk) * 16 : S::L::at(i, chunk);
+        copy_async(k + to, (const unsigned char *)p.store.k + chunk * 16 + at, i < left);
+        copy_async(v + to, (const unsigned char *)p.store.v + chunk * 16 + at, i < left);
+    }
+    if constexpr (S::SCALED) {
+        if (thread < S::KEYS / 8) {
+            copy_async(factors + thread * 16, p.store.factor + entry(thread * 8), thread * 8 < left);
+        }
     }
     if (thread < S::KEYS / 4) copy_async(tags + thread * 16, p.store.tag + entry(thread * 4), thread * 4 < left);
+}
+
+// A vector's power of two in both halves of a pair; 0 for an entry past the row's end.
+__device__ inline __nv_bfloat162 pair_of(uint32_t biased) {
+    uint32_t bits = biased << 7 | biased << 23;
+    return *(__nv_bfloat162 *)&bits;
+}
+
+// 16 codes of a vector as bf16, in two chunks.
+template <class S> __device__ inline void widen_codes(uint4 codes, uint32_t biased, unsigned char *line, uint32_t row, uint32_t chunk) {
+    const __nv_bfloat162 factor = pair_of(biased);
+    auto scaled = [&](uint32_t pair) {
+        __nv_bfloat162 x = __hmul2(*(__nv_bfloat162 *)&pair, factor);
+        return *(uint32_t *)&x;
+    };
+    const uint32_t four[4] = {codes.x, codes.y, codes.z, codes.w};
+    uint32_t wide[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint2 pairs = bf16_four<typename S::E>(four[i]);
+        wide[2 * i] = scaled(pairs.x), wide[2 * i + 1] = scaled(pairs.y);
+    }
+    *(uint4 *)(line + S::L::at(row, 2 * chunk)) = make_uint4(wide[0], wide[1], wide[2], wide[3]);
+    *(uint4 *)(line + S::L::at(row, 2 * chunk + 1)) = make_uint4(wide[4], wide[5], wide[6], wide[7]);
+}
+
+// The tile of codes as keys and values.
+template <class S> __device__ inline void widen_tile(unsigned char *memory) {
+    constexpr int CHUNKS = S::DIM / 16, PIECES = S::KEYS * CHUNKS;
+    const uint16_t *factors = (const uint16_t *)(memory + S::FACTORS);
+    for (uint32_t j = threadIdx.x; j < PIECES; j += S::THREADS) {
+        uint32_t row = j / CHUNKS, chunk = j % CHUNKS, factor = factors[row];
+        const uint4 *codes = (const uint4 *)(memory + S::CODES) + j;
+        widen_codes<S>(codes[0], factor & 0xff, memory + S::K, row, chunk);
+        widen_codes<S>(codes[PIECES], factor >> 8, memory + S::V, row, chunk);
+    }
 }
 
 // Index of tile row r in [tokens, q_heads].
@@ -337,8 +388,10 @@ template <class S> __device__ inline void prefill(const PrefillParams &p) {
     Walk walk{p.sights + (size_t)(work.span * p.store.heads + work.head) * p.max_tiles,
               (work.len + S::KEYS - 1) / S::KEYS, work.first, work.last};
     auto copy = [&](uint32_t tile, uint32_t stage) {
-        copy_entries<S>(p, work.len, tile, ids + stage * S::PAGES, shared + S::K + stage * S::STAGE,
-                        shared + S::V + stage * S::STAGE, shared + S::TAGS + stage * S::KEYS * 4);
+        uint32_t k = S::SCALED ? shared + S::CODES : shared + S::K + stage * S::STAGE;
+        uint32_t v = S::SCALED ? k + S::PLANE : shared + S::V + stage * S::STAGE;
+        copy_entries<S>(p, work.len, tile, ids + stage * S::PAGES, k, v, shared + S::FACTORS,
+                        shared + S::TAGS + stage * S::KEYS * 4);
     };
     uint32_t tile = walk.next(), next = tile == NONE ? NONE : walk.next();
     if (tile != NONE) copy_ids<S>(p, work, tile >> 1, ids);
@@ -368,17 +421,22 @@ template <class S> __device__ inline void prefill(const PrefillParams &p) {
     for (uint32_t stage = 0; tile != NONE; stage ^= 1) {
         copy_wait<0>();
         __syncthreads(); // the tile and the next one's page ids are there, and nobody reads the other stage any more
+        if constexpr (S::SCALED) {
+            widen_tile<S>(memory);
+            __syncthreads(); // the codes make room for those of the next tile
+        }
+        const uint32_t lines = S::SCALED ? 0 : stage * S::STAGE;
         uint32_t after = next == NONE ? NONE : walk.next();
         if (next != NONE) copy(next >> 1, stage ^ 1);
         if (after != NONE) copy_ids<S>(p, work, after >> 1, ids + stage * S::PAGES);
         copy_commit();
         Scores<S> s;
-        score<S>(s, q, k + stage * S::STAGE);
+        score<S>(s, q, k + lines);
         if (!(tile & 1)) {
             hide<S>(s, tags + stage * S::KEYS, work.len - (tile >> 1) * S::KEYS, tokens + warp_row, work.first, p.protect);
         }
         raise<S>(rows, s, scale);
-        gather<S>(rows, s, v + stage * S::STAGE, scale);
+        gather<S>(rows, s, v + lines, scale);
         tile = next, next = after;
     }
     copy_wait<0>();
@@ -411,15 +469,22 @@ extern "C" __global__ void __launch_bounds__(128) prefill_sights_64(const Prefil
 extern "C" __global__ void __launch_bounds__(128) prefill_sights_32(const PrefillParams p) { sights<32>(p); }
 
 // RESIDENT thread blocks share a multiprocessor; the launcher gives each SHARED bytes.
-#define PREFILL(name, T, DIM, WARPS, BLOCKS, KEYS, HOLD, RESIDENT, SHARED)                                              \
-    static_assert(Shape<T, DIM, WARPS, BLOCKS, KEYS, HOLD>::BYTES == SHARED, "as the launcher has it");                 \
+#define PREFILL(name, E, DIM, WARPS, BLOCKS, KEYS, HOLD, RESIDENT, SHARED)                                              \
+    static_assert(Shape<E, DIM, WARPS, BLOCKS, KEYS, HOLD>::BYTES == SHARED, "as the launcher has it");                 \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) name##_##DIM(const PrefillParams p) {            \
-        prefill<Shape<T, DIM, WARPS, BLOCKS, KEYS, HOLD>>(p);                                                           \
+        prefill<Shape<E, DIM, WARPS, BLOCKS, KEYS, HOLD>>(p);                                                           \
     }
 #define PREFILLS(...) PREFILL(prefill_f16, __half, __VA_ARGS__) PREFILL(prefill_bf16, __nv_bfloat16, __VA_ARGS__)
+
+#define PREFILL_CODES(...) PREFILL(prefill_fp8, Fp8, __VA_ARGS__) PREFILL(prefill_int8, Int8, __VA_ARGS__)
 
 PREFILLS(64, 4, 2, 64, false, 3, 49824)
 PREFILLS(80, 4, 2, 64, false, 2, 68256)
 PREFILLS(96, 4, 2, 64, false, 2, 80544)
 PREFILLS(128, 4, 2, 64, false, 2, 98976)
 PREFILLS(256, 4, 1, 32, false, 2, 98640)
+PREFILL_CODES(64, 4, 2, 64, false, 3, 41760)
+PREFILL_CODES(80, 4, 2, 64, false, 2, 56096)
+PREFILL_CODES(96, 4, 2, 64, false, 2, 66336)
+PREFILL_CODES(128, 4, 2, 64, false, 2, 82720)
+PREFILL_CODES(256, 4, 1, 32, false, 2, 82320)

@@ -24,6 +24,7 @@ struct Store {
     void *v;             // [pages, page_size, head_dim]
     uint32_t *tag;       // [pages, page_size]: position, the mark in the top bit
     float *score;        // [pages, page_size]
+    uint16_t *factor;    // [pages, page_size]: see codes.cuh; null for other types
     uint32_t *len;       // [rows]: entries; rows are [layers, seats, heads]
     uint32_t *owned;     // [rows]: pages that belong to the row, at least ceil(len / page_size)
     uint32_t *newest;    // [rows]: slot of the newest entry

@@ -365,6 +365,7 @@ __device__ void move_lanes(const Rows &rows, size_t from, size_t to, uint32_t ol
     uint32_t tag = p.store.tag[from];
     p.store.tag[to] = tag;
     p.store.score[to] = p.store.score[from];
+    if (p.store.factor) p.store.factor[to] = p.store.factor[from];
     if (!p.ring.slots) return;
     uint32_t *place = p.ring.of(p.store, rows.seat, rows.head) + (tag & ~MARK) % p.ring.size;
     if (*place == old_slot) *place = slot;

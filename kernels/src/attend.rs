@@ -89,16 +89,19 @@ device_repr!(DecodeParams, PlainParams);
 pub struct DecodeShape {
     group: u32,
     head_dim: u32,
+    /// Bytes of a stored component.
+    bytes: u32,
     warps: u32,
     /// Blocks that a multiprocessor holds at a time.
     resident: u32,
 }
 
 impl DecodeShape {
-    /// `shared`: bytes of shared memory that a block may take; `shared_of_multiprocessor`: that all its blocks may take.
-    pub fn new(group: u32, head_dim: u32, shared: u32, shared_of_multiprocessor: u32) -> Self {
+    /// For a store of `dtype`. `shared`: bytes of shared memory that a block may take; `shared_of_multiprocessor`: that all
+    /// its blocks may take.
+    pub fn new(dtype: Dtype, group: u32, head_dim: u32, shared: u32, shared_of_multiprocessor: u32) -> Self {
         // Eight warps have fewer pieces to merge; small heads leave room for several blocks of four instead.
-        let wide = Self { group, head_dim, warps: 8, resident: 1 };
+        let wide = Self { group, head_dim, bytes: dtype.bytes(), warps: 8, resident: 1 };
         let fits = (65..=128).contains(&head_dim) && wide.shared() <= shared;
         let shape = if fits { wide } else { Self { warps: 4, ..wide } };
         shape.resident(shared_of_multiprocessor)
@@ -151,12 +154,18 @@ impl DecodeShape {
             65..=96 => 3,
             _ => 2,
         };
-        self.warps * (stages * 2 * KEYS * self.head_dim * 2 + self.part_floats() * 4)
+        // Codes are half as large, so twice as many stages are under way, each with the entries' factors.
+        let stages = if self.bytes == 1 {
+            2 * stages * KEYS * (2 * self.head_dim + 2)
+        } else {
+            stages * 2 * KEYS * self.head_dim * 2
+        };
+        self.warps * (stages + self.part_floats() * 4)
     }
 }
 
 impl Kernels {
-    /// Attention of the spans of one token. `blocks` as in the schedule. For f16 and bf16 of [`FAST_HEAD_DIMS`].
+    /// Attention of the spans of one token. `blocks` as in the schedule. For all types but f32, of [`FAST_HEAD_DIMS`].
     ///
     /// # Safety
     /// Every address is good and of the size its field says; queries and store are of `dtype`; `shape` is the model's.

@@ -52,6 +52,8 @@ pub struct GatherParams {
     pub plane: Address,
     /// Out: f32 `[listed, heads, max_len, head_dim]`.
     pub out: Address,
+    /// 1 if the plane is the values'.
+    pub values: u32,
 }
 
 /// See [`Kernels::lanes`]. Each is f32 `[listed, heads, max_len]`, 0 if it is not wanted.

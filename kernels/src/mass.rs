@@ -82,7 +82,7 @@ impl Kernels {
     pub unsafe fn mass(&self, stream: &CudaStream, dtype: Dtype, params: &MassParams) -> Result<(), DriverError> {
         let Store { heads, head_dim, .. } = params.store;
         let name = match dtype {
-            Dtype::F16 | Dtype::Bf16 if FAST_HEAD_DIMS.contains(&head_dim) => {
+            Dtype::F16 | Dtype::Bf16 | Dtype::Fp8 | Dtype::Int8 if FAST_HEAD_DIMS.contains(&head_dim) => {
                 format!("mass_{}_{head_dim}", dtype.suffix())
             }
             _ => format!("mass_{}", dtype.suffix()),

@@ -16,6 +16,10 @@ pub enum Dtype {
     F32,
     F16,
     Bf16,
+    /// Of a store: E4M3 with a factor for each vector. Queries, new keys and values, and outputs are bf16 then.
+    Fp8,
+    /// Of a store: whole numbers with a factor for each vector; the rest as with `Fp8`.
+    Int8,
 }
 
 impl Dtype {
@@ -25,6 +29,8 @@ impl Dtype {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+            Self::Int8 => "int8",
         }
     }
 
@@ -33,6 +39,7 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::Fp8 | Self::Int8 => 1,
         }
     }
 }

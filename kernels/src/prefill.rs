@@ -7,7 +7,7 @@ use crate::{
 };
 use cudarc::driver::{CudaStream, DriverError, sys::CUresult};
 
-/// What [`Kernels::prefill`] takes. It serves f16 and bf16 and the head dims of [`PrefillShape`].
+/// What [`Kernels::prefill`] takes. It serves all types but f32 and the head dims of [`PrefillShape`].
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct PrefillParams {
@@ -50,24 +50,25 @@ device_repr!(PrefillParams);
 /// How attention of several tokens is cut into tiles for a head dim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PrefillShape {
-    rows: u32,    // queries of a tile
-    keys: u32,    // entries of a tile
-    threads: u32, // of a block
-    shared: u32,  // bytes of shared memory of a block
+    rows: u32,            // queries of a tile
+    keys: u32,            // entries of a tile
+    threads: u32,         // of a block
+    shared: u32,          // bytes of shared memory of a block
+    shared_of_codes: u32, // over a store of codes
 }
 
 impl PrefillShape {
     /// The shape for a head dim; none if no kernel was compiled for it.
     pub fn of(head_dim: u32) -> Option<Self> {
-        let (rows, keys, threads, shared) = match head_dim {
-            64 => (128, 64, 128, 49824),
-            80 => (128, 64, 128, 68256),
-            96 => (128, 64, 128, 80544),
-            128 => (128, 64, 128, 98976),
-            256 => (64, 32, 128, 98640),
+        let (rows, keys, threads, shared, shared_of_codes) = match head_dim {
+            64 => (128, 64, 128, 49824, 41760),
+            80 => (128, 64, 128, 68256, 56096),
+            96 => (128, 64, 128, 80544, 66336),
+            128 => (128, 64, 128, 98976, 82720),
+            256 => (64, 32, 128, 98640, 82320),
             _ => return None,
         };
-        Some(Self { rows, keys, threads, shared })
+        Some(Self { rows, keys, threads, shared, shared_of_codes })
     }
 
     /// Tokens of a tile of queries, for up to 64 query heads to a KV head.
@@ -118,7 +119,8 @@ impl Kernels {
         // SAFETY: the caller's.
         unsafe { self.launch(stream, ("prefill", &sights), Launch { grid, threads: 128, shared: 0 }, params)? };
         let name = format!("prefill_{}_{head_dim}", dtype.suffix());
-        let launch = Launch { grid: (params.tile_count * heads, 1, 1), threads: shape.threads, shared: shape.shared };
+        let shared = if dtype.bytes() == 1 { shape.shared_of_codes } else { shape.shared };
+        let launch = Launch { grid: (params.tile_count * heads, 1, 1), threads: shape.threads, shared };
         // SAFETY: the caller's.
         unsafe { self.launch(stream, ("prefill", &name), launch, params) }
     }

@@ -28,6 +28,7 @@ pub struct Store {
     pub v: Address,
     pub tag: Address,
     pub score: Address,
+    pub factor: Address,
     pub len: Address,
     pub owned: Address,
     pub newest: Address,

@@ -57,7 +57,7 @@ pub struct TrimParams {
 impl TrimParams {
     /// Bytes of a key of `head_dim` elements.
     pub fn vector_bytes(dtype: Dtype, head_dim: u32) -> u32 {
-        head_dim * if dtype == Dtype::F32 { 4 } else { 2 }
+        head_dim * dtype.bytes()
     }
 }
 

@@ -1,9 +1,10 @@
 //! The CPU backend: pages in main memory, attention by tiles on all cores.
 //!
 //! It is the reference every kernel is tested against, so it favours a plain structure; it is fast where that costs
-//! little. Storage is f32, f16 or bf16; all arithmetic is f32.
+//! little. Storage is f32, f16, bf16, or 8 bits with a factor for each vector; all arithmetic is f32.
 
 mod attend;
+mod element;
 mod held;
 mod math;
 mod moments;
@@ -19,8 +20,8 @@ use crate::{
     step::{SeqId, Span},
 };
 use candle_core::{DType, Device, Tensor};
+use element::{Element, Fp8, Int8};
 use half::{bf16, f16};
-use math::Element;
 use moments::Accumulator;
 use pool::{Entry, Pool};
 use row::Row;
@@ -33,7 +34,8 @@ pub struct CpuConfig {
     pub page_size: usize,
     /// The most bytes the pool may reserve; `None` for no limit.
     pub limit_bytes: Option<u64>,
-    /// Type of stored keys and values: f32, f16 or bf16.
+    /// Type of stored keys and values: f32, f16, bf16, or with a factor for each entry's key and value `F8E4M3` (fp8) and
+    /// `U8` (whole numbers from -127 to 127).
     pub dtype: DType,
 }
 
@@ -46,13 +48,17 @@ impl Default for CpuConfig {
 /// A CPU backend for a model.
 ///
 /// # Errors
-/// [`Error::Config`] for a page size of 0, a dtype that is none of the three, or a limit below one page.
+/// [`Error::Config`] for a page size of 0, a dtype that is none of those, or a limit below one page.
 pub fn cpu(spec: &ModelSpec, config: &CpuConfig) -> Result<Box<dyn Backend>> {
     Ok(match config.dtype {
         DType::F32 => Box::new(Cpu::<f32>::new(spec, config)?),
         DType::F16 => Box::new(Cpu::<f16>::new(spec, config)?),
         DType::BF16 => Box::new(Cpu::<bf16>::new(spec, config)?),
-        other => return Err(Error::Config(format!("kv dtype {other:?} is not supported: f32, f16 or bf16"))),
+        DType::F8E4M3 => Box::new(Cpu::<Fp8>::new(spec, config)?),
+        DType::U8 => Box::new(Cpu::<Int8>::new(spec, config)?),
+        other => {
+            return Err(Error::Config(format!("kv dtype {other:?} is not supported: f32, f16, bf16, fp8 or int8")));
+        }
     })
 }
 
@@ -123,7 +129,7 @@ impl<E: Element> Cpu<E> {
         layer: usize,
         span: &Span,
         first: usize,
-        tokens: &Tokens<E>,
+        tokens: &Tokens,
         protect: Protect,
     ) -> Result<()> {
         let (heads, d) = (self.spec.kv_heads, self.spec.head_dim);
@@ -170,9 +176,9 @@ impl<E: Element> Cpu<E> {
 }
 
 /// New tokens as slices.
-struct Tokens<E> {
-    k: Vec<E>, // [tokens, kv_heads, head_dim]
-    v: Vec<E>,
+struct Tokens {
+    k: Vec<f32>, // [tokens, kv_heads, head_dim]
+    v: Vec<f32>,
     scores: Option<Vec<f32>>, // [tokens, kv_heads]
     marks: Marks,
 }
@@ -183,9 +189,9 @@ enum Marks {
     Bits(Vec<u8>, Lag), // [tokens, kv_heads]
 }
 
-impl<E: Element> Tokens<E> {
+impl Tokens {
     fn read(new: &NewTokens, verdict: &Verdict) -> Result<Self> {
-        let flat = |t: &Tensor| -> Result<Vec<E>> { Ok(t.to_dtype(E::DTYPE)?.flatten_all()?.to_vec1()?) };
+        let flat = |t: &Tensor| -> Result<Vec<f32>> { Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?) };
         let scores = verdict.score.as_ref().map(|s| s.to_dtype(DType::F32)?.flatten_all()?.to_vec1());
         let marks = match &verdict.evict {
             Evict::Never => Marks::Never,
@@ -224,7 +230,7 @@ impl<E: Element> Storage for Cpu<E> {
         verdict: &Verdict,
         protect: Protect,
     ) -> Result<()> {
-        let tokens = Tokens::<E>::read(new, verdict)?;
+        let tokens = Tokens::read(new, verdict)?;
         for (first, span) in offsets(spans) {
             if self.failures.contains_key(&span.seq) {
                 continue;
@@ -320,7 +326,7 @@ impl<E: Element> Storage for Cpu<E> {
     }
 
     fn usage(&self) -> Usage {
-        let kv = 2 * self.spec.head_dim * E::DTYPE.size_in_bytes();
+        let kv = self.pool.vector_bytes();
         Usage {
             live_entries: self.live,
             pages_in_use: self.pool.pages_in_use(),

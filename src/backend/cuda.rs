@@ -37,7 +37,8 @@ pub struct CudaConfig {
     pub page_size: usize,
     /// Bytes of the pool, reserved at once, but no more than full rows take; `None` for half of what is free.
     pub limit_bytes: Option<u64>,
-    /// Type of stored keys and values: f32, f16 or bf16.
+    /// Type of stored keys and values: f32, f16, bf16, or with a factor for each entry's key and value `F8E4M3` (fp8) and
+    /// `U8` (whole numbers from -127 to 127). Beside those two, kernels compute in bf16.
     pub dtype: DType,
     /// Sequences that may hold entries at a time.
     pub max_sequences: usize,
@@ -190,7 +191,7 @@ impl Cuda {
             readback: Readback::new(&stream, &memory)?,
             control: [control(seats)?, control(2048.max(seats))?],
             current: Current::default(),
-            decode: DecodeScratch::new(&stream, spec, seats)?,
+            decode: DecodeScratch::new(&stream, spec, element(dtype), seats)?,
             dtype,
             max_entries,
             memory,
@@ -203,11 +204,12 @@ impl Cuda {
     }
 
     fn element(&self) -> Dtype {
-        match self.dtype {
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::Bf16,
-            _ => Dtype::F32,
-        }
+        element(self.dtype)
+    }
+
+    /// The type of queries, new keys and values, and outputs.
+    fn beside(&self) -> DType {
+        if self.dtype.size_in_bytes() == 1 { DType::BF16 } else { self.dtype }
     }
 
     fn control(&self) -> &Control {
@@ -299,9 +301,9 @@ impl Cuda {
         self.stream.memcpy_htod(&[plan], &mut place).map_err(driver("telling the plan of a ring"))
     }
 
-    /// A layer's heads in the store's type, tokens as far apart as they lie.
+    /// A layer's heads in the type of kernels, tokens as far apart as they lie.
     fn heads(&self, tensor: &Tensor) -> Result<Strided> {
-        let tensor = tensor.to_dtype(self.dtype)?;
+        let tensor = tensor.to_dtype(self.beside())?;
         let d = self.spec.head_dim;
         let dense = matches!(tensor.stride(), [_, s, 1] if *s == d);
         let tensor = if dense { tensor } else { tensor.contiguous()? };
@@ -333,6 +335,17 @@ impl Cuda {
     }
 }
 
+/// As kernels know a type.
+fn element(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F8E4M3 => Dtype::Fp8,
+        DType::U8 => Dtype::Int8,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::Bf16,
+        _ => Dtype::F32,
+    }
+}
+
 fn device_protect(protect: Protect) -> kernels::Protect {
     kernels::Protect { sinks: protect.sinks, recent: protect.recent }
 }
@@ -343,8 +356,8 @@ fn check(spec: &ModelSpec, config: &CudaConfig) -> Result<()> {
     if ![16, 32, 64, 128].contains(&page_size) {
         return refuse(format!("page_size={page_size} is not accepted on CUDA: 16, 32, 64 or 128 entries"));
     }
-    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-        return refuse(format!("kv dtype {dtype:?} is not supported: f32, f16 or bf16"));
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 | DType::U8) {
+        return refuse(format!("kv dtype {dtype:?} is not supported: f32, f16, bf16, fp8 or int8"));
     }
     if !(1..=2048).contains(&max_sequences) {
         return refuse(format!("max_sequences={max_sequences} is not accepted: 1..=2048"));
@@ -354,6 +367,12 @@ fn check(spec: &ModelSpec, config: &CudaConfig) -> Result<()> {
     }
     if let Some(fault) = spec.faults().into_iter().next() {
         return refuse(fault);
+    }
+    if dtype.size_in_bytes() == 1 && !spec.head_dim.is_multiple_of(4) {
+        return refuse(format!(
+            "8-bit keys of {} components are not supported on CUDA: a multiple of 4",
+            spec.head_dim
+        ));
     }
     if spec.group() > 64 || spec.head_dim > 1024 {
         return refuse(format!(
@@ -527,7 +546,7 @@ impl Storage for Cuda {
     fn usage(&self) -> Usage {
         let (counters, store) = (self.readback.counters, &self.memory.store);
         let bytes = |pages: u32| pages as u64 * self.memory.page_bytes;
-        let kv = 2 * self.spec.head_dim * self.dtype.size_in_bytes();
+        let kv = self.memory.vector_bytes;
         Usage {
             live_entries: counters.live,
             pages_in_use: (store.pages - counters.free) as u64,

@@ -1,8 +1,7 @@
 //! Perplexity, KL divergence and matching tokens with the policy active.
 
 use super::{Excerpts, Log, Sample, Sequence, Task, argmax, log_softmax};
-use crate::{error::Result, policies::Full, policy::Policy};
-use std::sync::Arc;
+use crate::error::Result;
 
 /// Tokens that are scored: the last quarter of the context, this many at most. The rest is the prompt.
 const MOST_SCORED: usize = 256;
@@ -22,8 +21,7 @@ pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
         let (tokens, excerpt) = texts.cut(&mut texts.rng(sample), texts.context())?;
         let mut reference: Vec<Reference> = vec![];
         if wants_full {
-            let full: Arc<dyn Policy> = Arc::new(Full {});
-            let mut sequence = texts.subject.open(&full)?;
+            let mut sequence = texts.subject.reference()?;
             walk(&mut *sequence, &tokens, |logits, _| reference.push(Reference::new(logits)))?;
         }
         for contender in contenders {

@@ -93,21 +93,46 @@ impl LayerData {
         Self { q, k, v, logits }
     }
 
-    /// Keys and values as a store of this type gives them back.
-    pub(crate) fn stored_as(&self, dtype: DType) -> Self {
-        let round = |x: &f32| match dtype {
-            DType::F16 => f16::from_f32(*x).to_f32(),
-            DType::BF16 => bf16::from_f32(*x).to_f32(),
-            _ => *x,
-        };
-        Self { k: self.k.iter().map(round).collect(), v: self.v.iter().map(round).collect(), ..self.clone() }
+    /// Keys and values as a store of this type gives them back: vectors of `head_dim`.
+    pub(crate) fn stored_as(&self, dtype: DType, head_dim: usize) -> Self {
+        let stored = |x: &[f32]| x.chunks(head_dim).flat_map(|vector| stored(vector, dtype)).collect();
+        Self { k: stored(&self.k), v: stored(&self.v), ..self.clone() }
     }
 
     /// Queries, too, in this type: what a backend that computes in it is given.
     pub(crate) fn rounded(&self, dtype: DType) -> Self {
-        let stored = Self { k: self.q.clone(), ..self.clone() }.stored_as(dtype);
-        Self { q: stored.k, ..self.stored_as(dtype) }
+        let rounded = |x: &[f32]| stored(x, dtype);
+        Self { q: rounded(&self.q), k: rounded(&self.k), v: rounded(&self.v), ..self.clone() }
     }
+}
+
+/// A vector as a store of this type gives it back. The 8-bit types from their definitions: the nearest of all numbers
+/// there are, times a factor that depends on the largest component.
+fn stored(vector: &[f32], dtype: DType) -> Vec<f32> {
+    let largest = vector.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let round = |x: &f32| match dtype {
+        DType::F16 => f16::from_f32(*x).to_f32(),
+        DType::BF16 => bf16::from_f32(*x).to_f32(),
+        DType::F8E4M3 if largest > 0.0 => {
+            let factor = (-60..60).map(|e| 2f32.powi(e)).find(|factor| largest / factor <= 448.0).unwrap();
+            factor * nearest_e4m3(x / factor)
+        }
+        DType::U8 if largest > 0.0 => {
+            let factor = (-60..60).map(|e| 2f32.powi(e)).find(|factor| largest / factor <= 127.0).unwrap();
+            factor * (x / factor).round_ties_even()
+        }
+        _ => *x,
+    };
+    vector.iter().map(round).collect()
+}
+
+/// Of 1, 1 1/8, .., 1 7/8 times 2^-6 to 2^8 and the eighths of 2^-6 below; of two equally near ones the even.
+fn nearest_e4m3(x: f32) -> f32 {
+    let normal = (-6..=8).flat_map(|e| (8..16).map(move |m| m as f32 / 8.0 * 2f32.powi(e)));
+    let all: Vec<f32> = (0..8).map(|m| m as f32 / 8.0 * 2f32.powi(-6)).chain(normal).collect();
+    let distance = |i: usize| (all[i] - x.abs()).abs();
+    let best = (0..all.len()).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2)))).unwrap();
+    all[best].copysign(x)
 }
 
 /// What a model computes for one sequence: every layer's tokens, known in advance.

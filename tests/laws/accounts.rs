@@ -34,7 +34,8 @@ struct World {
 
 impl World {
     fn new(spec: &ModelSpec, text: &str, page_size: usize, dtype: DType, limit_pages: Option<u64>) -> Self {
-        let page_bytes = (page_size * (2 * spec.head_dim * dtype.size_in_bytes() + 4 + 1 + 4)) as u64;
+        let factor = if dtype.size_in_bytes() == 1 { 4 } else { 0 };
+        let page_bytes = (page_size * (2 * (spec.head_dim * dtype.size_in_bytes() + factor) + 4 + 1 + 4)) as u64;
         let limit_bytes = limit_pages.map(|pages| pages * page_bytes + page_bytes / 2);
         let store = cpu(spec, &CpuConfig { page_size, limit_bytes, dtype }).unwrap();
         let books = Books { complete: true, ..Books::default() };
@@ -152,7 +153,7 @@ proptest! {
     fn the_books_balance_after_every_operation(
         text in select(EVERY_POLICY),
         page_size in select(vec![1, 3, 16]),
-        dtype in select(vec![DType::F32, DType::BF16]),
+        dtype in select(vec![DType::F32, DType::BF16, DType::F8E4M3, DType::U8]),
         limit_pages in prop::option::of(1..=200u64),
         seed: u64,
     ) {

@@ -22,7 +22,7 @@ fn equals_dense(spec: &ModelSpec, dtype: DType, page_size: usize, lens: &[usize]
     play.run(&weave(&mut rng, lives));
     for (who, actor) in play.actors.iter().enumerate() {
         for (layer, y) in actor.y.iter().enumerate() {
-            let data = actor.stream.layers[layer].stored_as(dtype);
+            let data = actor.stream.layers[layer].stored_as(dtype, spec.head_dim);
             let want = dense::attention(spec, &data, 0..lens[who], |_, _, _| true);
             assert_close(y, &want, 2e-5, &format!("sequence {who}, layer {layer}"));
             for head in 0..spec.kv_heads {
@@ -39,7 +39,7 @@ proptest! {
     #[test]
     fn keeping_everything_is_dense_attention(
         spec in shape(),
-        dtype in select(vec![DType::F32, DType::F32, DType::F16, DType::BF16]),
+        dtype in select(vec![DType::F32, DType::F32, DType::F16, DType::BF16, DType::F8E4M3, DType::U8]),
         page_size in select(vec![1, 3, 16, 64]),
         lens in prop::collection::vec(1..=70usize, 1..=3),
         longest in select(vec![1, 4, 30, 70]),
@@ -73,9 +73,9 @@ fn decode_over_a_row_of_several_splits_is_dense_attention() {
 }
 
 #[test]
-fn half_precision_storage_costs_no_more_than_its_rounding() {
+fn smaller_types_of_storage_cost_no_more_than_its_rounding() {
     let spec = ModelSpec::new(1, 4, 2, 64);
-    for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+    for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2), (DType::F8E4M3, 0.1), (DType::U8, 3e-2)] {
         let mut play = Play::on(store(&spec, 16, dtype), &spec, policy("full")).with(&[Stream::random(&spec, 60, 9)]);
         play.run(&[vec![(0, 50, LAST)]]);
         (50..60).for_each(|_| play.run(&[vec![(0, 1, DECODE)]]));
@@ -102,7 +102,7 @@ fn the_output_has_the_type_of_the_queries() {
     let spec = ModelSpec::new(1, 4, 2, 16);
     let stream = Stream::random(&spec, 12, 4);
     let data = &stream.layers[0];
-    let want = dense::attention(&spec, &data.stored_as(DType::BF16), 0..12, |_, _, _| true);
+    let want = dense::attention(&spec, &data.stored_as(DType::BF16, 16), 0..12, |_, _, _| true);
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let mut cache = KvCache::new(spec.clone(), policy("full"), cpu(&spec, &CpuConfig::default()).unwrap()).unwrap();
         let seq = cache.open();

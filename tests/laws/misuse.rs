@@ -296,7 +296,7 @@ fn stores_and_models_that_make_no_sense_are_refused() {
     let store = |page_size, limit_bytes, dtype| cpu(&spec(), &CpuConfig { page_size, limit_bytes, dtype }).unwrap_err();
     for (error, reason) in [
         (store(0, None, DType::F32), "page_size=0"),
-        (store(16, None, DType::U8), "U8"),
+        (store(16, None, DType::U32), "U32"),
         (store(16, None, DType::F64), "F64"),
         (store(16, Some(16 * 73 - 1), DType::F32), "holds no page of 1168 bytes"),
         (store(16, Some(0), DType::F32), "holds no page"),

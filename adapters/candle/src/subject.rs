@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use kvpolicy::{
     ModelSpec, Policy, Stats,
     compare::{HostError, Sequence, Subject},
+    policies::Full,
 };
 use std::sync::Arc;
 
@@ -51,6 +52,12 @@ impl Subject for Hosted {
 
     fn open(&self, policy: &Arc<dyn Policy>) -> Result<Box<dyn Sequence + '_>> {
         Ok(Box::new(self.lm.session(policy.clone(), &self.options)?))
+    }
+
+    fn reference(&self) -> Result<Box<dyn Sequence + '_>> {
+        let eight_bits = self.options.kv_dtype.is_some_and(|dtype| dtype.size_in_bytes() == 1);
+        let kv_dtype = if eight_bits { None } else { self.options.kv_dtype };
+        Ok(Box::new(self.lm.session(Arc::new(Full {}), &SessionOptions { kv_dtype, ..self.options.clone() })?))
     }
 }
 

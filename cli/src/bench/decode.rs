@@ -144,7 +144,7 @@ fn measure(
     ensure!(failures.is_empty(), "the pool ran out while decoding");
 
     let (spec, usage) = (model.config().spec(), decode.cache.usage());
-    let entry_bytes = (2 * 2 * spec.head_dim) as f64;
+    let entry_bytes = usage.dense_bytes_per_token as f64 / (spec.layers * spec.kv_heads) as f64;
     let live_bytes = usage.live_entries as f64 * entry_bytes;
     Ok(Row {
         policy: policy.to_string(),

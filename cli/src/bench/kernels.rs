@@ -10,11 +10,13 @@ use super::{
     ceilings::Ceilings,
     timer::{time, time_graph},
 };
-use anyhow::{Context, Result};
+use crate::model::KvType;
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use cudarc::driver::CudaStream;
-use ragged::{Ragged, Tuning};
+use kvpolicy_kernels::Dtype;
+use ragged::{Pages, Ragged, Tuning};
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -42,6 +44,9 @@ pub(crate) struct Args {
     /// Also time each kernel on the same layer again and again, so that a small one finds it in the cache.
     #[arg(long)]
     hot: bool,
+    /// Type of the keys and values that decode attention reads: bf16, fp8 or int8.
+    #[arg(long, value_enum, default_value = "bf16")]
+    kv_dtype: KvType,
     #[command(flatten)]
     tuning: Tuning,
     /// Print JSON instead of a table.
@@ -130,6 +135,16 @@ struct Bench<'a> {
     batch: usize,
 }
 
+/// As kernels know a type.
+fn kernel_dtype(kv: KvType) -> Result<Dtype> {
+    match kv {
+        KvType::Bf16 => Ok(Dtype::Bf16),
+        KvType::Fp8 => Ok(Dtype::Fp8),
+        KvType::Int8 => Ok(Dtype::Int8),
+        other => bail!("kv-dtype {other:?}: kernels are timed on bf16, fp8 and int8"),
+    }
+}
+
 impl Bench<'_> {
     fn wants(&self, kernel: Kernel) -> bool {
         self.args.kernels.iter().any(|&wanted| wanted == kernel || wanted == Kernel::All)
@@ -181,8 +196,9 @@ impl Bench<'_> {
         if !self.wants(Kernel::Decode) && !self.wants(Kernel::Schedule) {
             return Ok(());
         }
-        let Args { page_size, tuning, .. } = *self.args;
-        let ragged = Ragged::new(&self.stream, self.heads, self.batch, self.mean(), page_size, tuning)?;
+        let Args { page_size, kv_dtype, tuning, .. } = *self.args;
+        let pages = Pages { size: page_size, dtype: kernel_dtype(kv_dtype)? };
+        let ragged = Ragged::new(&self.stream, self.heads, self.batch, self.mean(), pages, tuning)?;
         let schedule = time(&self.stream, (3, 20), 1, || ragged.schedule())?;
         if self.wants(Kernel::Decode) {
             let work = [ragged.layers, 1].map(|layers| Work::Reads(ragged.bytes(layers)));

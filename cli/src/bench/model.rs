@@ -1,5 +1,6 @@
 //! What the benchmarks of whole models share: a model of random weights, a cache on the GPU, prompts of random tokens.
 
+use crate::model::KvType;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use kvpolicy::{CudaConfig, KvCache, Phase, Policy, SeqId, cuda};
@@ -27,6 +28,9 @@ pub(crate) struct ModelArgs {
     /// Entries of a page.
     #[arg(long, default_value_t = CudaConfig::default().page_size)]
     pub(crate) page_size: usize,
+    /// Type of stored keys and values: bf16, f16, f32, fp8 or int8.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub(crate) kv_dtype: KvType,
     /// Bytes of the pool, such as 8GiB; half of what is free by default.
     #[arg(long, value_parser = crate::model::bytes)]
     pub(crate) kv_memory: Option<u64>,
@@ -46,7 +50,7 @@ impl ModelArgs {
         let config = CudaConfig {
             page_size: self.page_size,
             limit_bytes: self.kv_memory,
-            dtype: DType::BF16,
+            dtype: self.kv_dtype.dtype(),
             max_sequences: batch,
             max_entries: tokens,
         };

@@ -1,6 +1,7 @@
 //! Attention of a prompt as a layer of a model sees it: append, attend, and let go of what the policy does not keep.
 
 use super::{Time, ceilings::Ceilings, kernels::heads, timer::time};
+use crate::model::KvType;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::{Cell, CellAlignment, Table, presets};
@@ -22,6 +23,9 @@ pub(crate) struct Args {
     /// Tokens of a prompt that are appended at a time by a policy that evicts; `full` takes the whole prompt.
     #[arg(long, value_delimiter = ',', default_value = "1024")]
     chunk: Vec<usize>,
+    /// Type of stored keys and values: bf16, f16, f32, fp8 or int8.
+    #[arg(long, value_enum, default_value = "bf16")]
+    kv_dtype: KvType,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -50,7 +54,7 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
                 let whole = [context];
                 let chunks = if policy.to_string() == "full" { &whole[..] } else { &args.chunk };
                 for &chunk in chunks {
-                    let time = measure(&device, text, policy, context, chunk)?;
+                    let time = measure(&device, text, policy, context, chunk, args.kv_dtype)?;
                     let head = heads(text)?;
                     let flops = 2.0 * (context as f64).powi(2) * (head.q * head.dim) as f64;
                     let dense_tflop_s = flops / time.median_us / 1e6;
@@ -69,10 +73,17 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     super::print(args.json, &ceilings, &rows, table)
 }
 
-fn measure(device: &Device, text: &str, policy: &Arc<dyn Policy>, context: usize, chunk: usize) -> Result<Time> {
+fn measure(
+    device: &Device,
+    text: &str,
+    policy: &Arc<dyn Policy>,
+    context: usize,
+    chunk: usize,
+    kv: KvType,
+) -> Result<Time> {
     let head = heads(text)?;
     let spec = ModelSpec::new(1, head.q, head.kv, head.dim);
-    let config = CudaConfig { max_sequences: 1, max_entries: context, ..CudaConfig::default() };
+    let config = CudaConfig { dtype: kv.dtype(), max_sequences: 1, max_entries: context, ..CudaConfig::default() };
     let mut cache = KvCache::new(spec.clone(), policy.clone(), cuda(&spec, &config, device)?)?;
     let random = |heads| Tensor::randn(0f32, 1.0, (context, heads, head.dim), device)?.to_dtype(DType::BF16);
     let (q, k, v) = (random(head.q)?, random(head.kv)?, random(head.kv)?);

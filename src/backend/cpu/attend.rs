@@ -3,12 +3,7 @@
 //! One query a sequence (decode) is split over page ranges and merged; several queries (prefill) are cut into query
 //! tiles that walk the row. Attention mass is a second pass over keys alone, with the log-sum-exp of the first.
 
-use super::{
-    Cpu,
-    math::{self, Element},
-    offsets,
-    row::Row,
-};
+use super::{Cpu, element::Element, math, offsets, row::Row};
 use crate::{backend::Tap, policy::Protect, step::Span};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -129,7 +124,7 @@ impl<E: Element> Layer<'_, E> {
         let mut buffer = vec![];
         for page in pages.clone() {
             let page = job.row.page(pool, page);
-            let keys = E::widen(page.k, &mut buffer);
+            let keys = page.keys(0..page.pos.len(), &mut buffer);
             for (q, max) in queries.chunks(d).zip(&mut max) {
                 let entries = keys.chunks(d).zip(page.pos.iter().zip(page.mark));
                 let row = entries.map(
@@ -156,7 +151,7 @@ impl<E: Element> Layer<'_, E> {
                 weights.iter_mut().zip(scores).for_each(|(w, s)| *w = math::exp(s - top));
                 sum[g] += math::sum(weights);
             }
-            math::matmul_add(weights, E::widen(page.v, &mut buffer), &mut y, n, d);
+            math::matmul_add(weights, page.values(0..n, &mut buffer), &mut y, n, d);
             at += n * group;
         }
         Part { max, sum, y, scores }
@@ -344,7 +339,7 @@ impl KeyTile {
         self.mark.clear();
         for (page, entries) in Self::pages(layer, row, from) {
             let page = row.page(pool, page);
-            let keys = E::widen(&page.k[entries.start * d..entries.end * d], &mut self.buffer);
+            let keys = page.keys(entries.clone(), &mut self.buffer);
             for (j, key) in (self.pos.len()..).zip(keys.chunks(d)) {
                 key.iter().zip(self.k[j..].iter_mut().step_by(n)).for_each(|(x, k)| *k = *x);
             }
@@ -354,11 +349,11 @@ impl KeyTile {
     }
 
     fn load_values<E: Element>(&mut self, layer: &Layer<E>, row: &Row, from: usize) {
-        let (pool, d) = (&layer.cpu.pool, layer.dim());
+        let pool = &layer.cpu.pool;
         self.v.clear();
         for (page, entries) in Self::pages(layer, row, from) {
             let page = row.page(pool, page);
-            self.v.extend(E::widen(&page.v[entries.start * d..entries.end * d], &mut self.buffer));
+            self.v.extend(page.values(entries, &mut self.buffer));
         }
     }
 }

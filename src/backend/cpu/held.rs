@@ -1,6 +1,6 @@
 //! A policy's view of held entries.
 
-use super::{Cpu, Row, math, math::Element};
+use super::{Cpu, Row, element::Element, math, pool::Page};
 use crate::{
     error::{Error, Result},
     policy::{Held, Moments},
@@ -58,8 +58,9 @@ impl<'a, E: Element> Gathered<'a, E> {
         let (pool, d) = (&self.cpu.pool, self.cpu.spec.head_dim);
         self.gather(d, |row, slot, out| {
             let page = row.page(pool, slot / pool.page_size);
-            let source = if values { page.v } else { page.k };
-            out.copy_from_slice(E::widen(&source[slot % pool.page_size * d..][..d], &mut vec![]));
+            let (entry, mut buffer) = (slot % pool.page_size, vec![]);
+            let vector = if values { Page::values } else { Page::keys };
+            out.copy_from_slice(vector(&page, entry..entry + 1, &mut buffer));
         })
     }
 }

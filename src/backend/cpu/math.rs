@@ -1,36 +1,5 @@
 //! Inner loops, written so that the compiler vectorises them.
 
-use candle_core::WithDType;
-use half::{bf16, f16, slice::HalfFloatSliceExt};
-
-/// A type keys and values are stored in.
-pub(super) trait Element: WithDType + Default {
-    /// The numbers as f32: the slice itself where it is f32, else converted into `buffer`.
-    fn widen<'a>(source: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32];
-}
-
-impl Element for f32 {
-    fn widen<'a>(source: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
-        source
-    }
-}
-
-impl Element for f16 {
-    fn widen<'a>(source: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
-        buffer.resize(source.len(), 0.0);
-        source.convert_to_f32_slice(buffer);
-        buffer
-    }
-}
-
-impl Element for bf16 {
-    fn widen<'a>(source: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
-        buffer.resize(source.len(), 0.0);
-        source.convert_to_f32_slice(buffer);
-        buffer
-    }
-}
-
 /// `a * b + c`, fused where the target has the instruction (`mul_add` is a library call where it has not).
 #[inline(always)]
 fn fma(a: f32, b: f32, c: f32) -> f32 {

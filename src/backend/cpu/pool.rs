@@ -1,7 +1,8 @@
 //! Fixed-size pages of one KV head, and the lanes beside their keys and values.
 
+use super::element::Element;
 use crate::error::{Error, Result};
-use candle_core::WithDType;
+use std::ops::Range;
 
 /// Entries of the largest page.
 const MOST_ENTRIES: usize = 1 << 16;
@@ -15,9 +16,9 @@ pub(super) struct Full {
 }
 
 /// One entry to be written.
-pub(super) struct Entry<'a, E> {
-    pub(super) k: &'a [E],
-    pub(super) v: &'a [E],
+pub(super) struct Entry<'a> {
+    pub(super) k: &'a [f32], // [head_dim]
+    pub(super) v: &'a [f32],
     pub(super) pos: u32,
     pub(super) mark: bool,
     pub(super) score: f32,
@@ -27,6 +28,8 @@ pub(super) struct Entry<'a, E> {
 struct Slab<E> {
     k: Vec<E>, // [pages, page_size, head_dim]
     v: Vec<E>,
+    k_factor: Vec<f32>, // [pages, page_size], or none
+    v_factor: Vec<f32>,
     pos: Vec<u32>, // [pages, page_size]
     mark: Vec<bool>,
     score: Vec<f32>,
@@ -34,11 +37,42 @@ struct Slab<E> {
 
 /// The first entries of a page.
 pub(super) struct Page<'a, E> {
-    pub(super) k: &'a [E], // [entries, head_dim]
-    pub(super) v: &'a [E],
+    k: Vectors<'a, E>,
+    v: Vectors<'a, E>,
     pub(super) pos: &'a [u32],
     pub(super) mark: &'a [bool],
     pub(super) score: &'a [f32],
+}
+
+impl<'a, E: Element> Page<'a, E> {
+    /// `[entries, head_dim]`, converted into `buffer` if they are not stored as f32.
+    pub(super) fn keys(&self, entries: Range<usize>, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        self.k.widen(entries, buffer)
+    }
+
+    /// As [`keys`](Self::keys).
+    pub(super) fn values(&self, entries: Range<usize>, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        self.v.widen(entries, buffer)
+    }
+}
+
+/// Keys or values of some entries.
+struct Vectors<'a, E> {
+    numbers: &'a [E],   // [entries, head_dim]
+    factors: &'a [f32], // [entries], or none
+    dim: usize,
+}
+
+impl<'a, E: Element> Vectors<'a, E> {
+    fn new(numbers: &'a [E], factors: &'a [f32], dim: usize, entries: Range<usize>) -> Self {
+        let factors = if E::SCALED { &factors[entries.clone()] } else { &[] };
+        Self { numbers: &numbers[entries.start * dim..entries.end * dim], factors, dim }
+    }
+
+    fn widen(&self, entries: Range<usize>, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        let factors = if E::SCALED { &self.factors[entries.clone()] } else { &[] };
+        E::widen(&self.numbers[entries.start * self.dim..entries.end * self.dim], factors, self.dim, buffer)
+    }
 }
 
 #[derive(Debug)]
@@ -53,7 +87,7 @@ pub(super) struct Pool<E> {
     limit: Option<u64>,
 }
 
-impl<E: WithDType + Default> Pool<E> {
+impl<E: Element> Pool<E> {
     pub(super) fn new(head_dim: usize, page_size: usize, limit: Option<u64>) -> Result<Self> {
         if !(1..=MOST_ENTRIES).contains(&page_size) {
             return Err(Error::Config(format!("page_size={page_size} is not accepted: 1..={MOST_ENTRIES} entries")));
@@ -78,10 +112,15 @@ impl<E: WithDType + Default> Pool<E> {
         Ok(pool)
     }
 
+    /// Bytes of an entry's key and value, their factors included.
+    pub(super) fn vector_bytes(&self) -> usize {
+        2 * (self.head_dim * size_of::<E>() + if E::SCALED { size_of::<f32>() } else { 0 })
+    }
+
     /// Bytes of a page: keys, values, and 9 bytes an entry for position, mark and score.
     pub(super) fn page_bytes(&self) -> u64 {
         let lanes = size_of::<u32>() + size_of::<bool>() + size_of::<f32>();
-        (self.page_size * (2 * self.head_dim * E::DTYPE.size_in_bytes() + lanes)) as u64
+        (self.page_size * (self.vector_bytes() + lanes)) as u64
     }
 
     pub(super) fn limit(&self) -> Option<u64> {
@@ -122,6 +161,8 @@ impl<E: WithDType + Default> Pool<E> {
         self.slabs.push(Slab {
             k: vec![E::default(); entries * self.head_dim],
             v: vec![E::default(); entries * self.head_dim],
+            k_factor: vec![0.0; if E::SCALED { entries } else { 0 }],
+            v_factor: vec![0.0; if E::SCALED { entries } else { 0 }],
             pos: vec![0; entries],
             mark: vec![false; entries],
             score: vec![0.0; entries],
@@ -135,19 +176,21 @@ impl<E: WithDType + Default> Pool<E> {
         let (slab, at) = self.locate(page, 0);
         let (slab, d) = (&self.slabs[slab], self.head_dim);
         Page {
-            k: &slab.k[at * d..][..entries * d],
-            v: &slab.v[at * d..][..entries * d],
+            k: Vectors::new(&slab.k, &slab.k_factor, d, at..at + entries),
+            v: Vectors::new(&slab.v, &slab.v_factor, d, at..at + entries),
             pos: &slab.pos[at..][..entries],
             mark: &slab.mark[at..][..entries],
             score: &slab.score[at..][..entries],
         }
     }
 
-    pub(super) fn write(&mut self, page: u32, offset: usize, entry: &Entry<E>) {
+    pub(super) fn write(&mut self, page: u32, offset: usize, entry: &Entry) {
         let (slab, at) = self.locate(page, offset);
         let (slab, d) = (&mut self.slabs[slab], self.head_dim);
-        slab.k[at * d..][..d].copy_from_slice(entry.k);
-        slab.v[at * d..][..d].copy_from_slice(entry.v);
+        let factors = [E::narrow(entry.k, &mut slab.k[at * d..][..d]), E::narrow(entry.v, &mut slab.v[at * d..][..d])];
+        if E::SCALED {
+            [slab.k_factor[at], slab.v_factor[at]] = factors;
+        }
         (slab.pos[at], slab.mark[at], slab.score[at]) = (entry.pos, entry.mark, entry.score);
     }
 
@@ -160,11 +203,17 @@ impl<E: WithDType + Default> Pool<E> {
             slab.k.copy_within(from * d..(from + 1) * d, to * d);
             slab.v.copy_within(from * d..(from + 1) * d, to * d);
             (slab.pos[to], slab.mark[to], slab.score[to]) = (slab.pos[from], slab.mark[from], slab.score[from]);
+            if E::SCALED {
+                (slab.k_factor[to], slab.v_factor[to]) = (slab.k_factor[from], slab.v_factor[from]);
+            }
         } else if let Ok([source, target]) = self.slabs.get_disjoint_mut([from_slab, to_slab]) {
             target.k[to * d..][..d].copy_from_slice(&source.k[from * d..][..d]);
             target.v[to * d..][..d].copy_from_slice(&source.v[from * d..][..d]);
             (target.pos[to], target.mark[to], target.score[to]) =
                 (source.pos[from], source.mark[from], source.score[from]);
+            if E::SCALED {
+                (target.k_factor[to], target.v_factor[to]) = (source.k_factor[from], source.v_factor[from]);
+            }
         }
     }
 

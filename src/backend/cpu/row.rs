@@ -1,7 +1,7 @@
 //! One (layer, sequence, KV head): an unordered bag of entries in pages.
 
 use super::{
-    math::Element,
+    element::Element,
     pool::{Entry, Full, Page, Pool},
 };
 use crate::policy::{Budget, Protect};
@@ -62,7 +62,7 @@ impl Row {
     pub(super) fn write<E: Element>(
         &mut self,
         pool: &mut Pool<E>,
-        entry: &Entry<E>,
+        entry: &Entry,
         now: u32,
         protect: Protect,
     ) -> Result<(), Full> {

@@ -11,7 +11,7 @@ use crate::{
 use candle_core::{DType, Tensor};
 use cudarc::driver::{CudaSlice, CudaStream, sys};
 use kvpolicy_kernels::{
-    BlockWork, DecodeParams, DecodeShape, FAST_HEAD_DIMS, MASS_TILE, MassParams, PlainParams, PrefillParams,
+    BlockWork, DecodeParams, DecodeShape, Dtype, FAST_HEAD_DIMS, MASS_TILE, MassParams, PlainParams, PrefillParams,
     PrefillShape, RowWork, ScheduleParams,
 };
 use std::sync::Arc;
@@ -29,13 +29,13 @@ pub(super) struct DecodeScratch {
 }
 
 impl DecodeScratch {
-    pub(super) fn new(stream: &Arc<CudaStream>, spec: &ModelSpec, seats: usize) -> Result<Self> {
+    pub(super) fn new(stream: &Arc<CudaStream>, spec: &ModelSpec, dtype: Dtype, seats: usize) -> Result<Self> {
         use sys::CUdevice_attribute as Attribute;
         let attribute = |which| stream.context().attribute(which).map_err(driver("asking the device"));
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         let all_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32;
-        let shape = DecodeShape::new(spec.group() as u32, spec.head_dim as u32, shared, all_shared);
+        let shape = DecodeShape::new(dtype, spec.group() as u32, spec.head_dim as u32, shared, all_shared);
         let blocks = multiprocessors * shape.blocks_per_multiprocessor();
         let max_rows = seats * spec.kv_heads;
         Ok(Self {
@@ -186,7 +186,7 @@ impl Cuda {
 impl Attention for Cuda {
     fn attend(&mut self, layer: usize, spans: &[Span], q: &Tensor, protect: Protect, tap: Tap) -> Result<Tensor> {
         self.check_current(spans)?;
-        let y = output(q.dims(), self.dtype, &self.device)?;
+        let y = output(q.dims(), self.beside(), &self.device)?;
         if spans.is_empty() {
             return Ok(y.to_dtype(q.dtype())?);
         }

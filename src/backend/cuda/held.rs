@@ -62,10 +62,10 @@ impl<'a> Gathered<'a> {
     }
 
     /// f32 `[rows, max_len, head_dim]`.
-    fn vectors(&self, plane: Address) -> Result<Tensor> {
+    fn vectors(&self, plane: Address, values: bool) -> Result<Tensor> {
         let (rows, cuda) = (self.rows()?, self.cuda);
         let out = output(&[self.count(), rows.max_len as usize, cuda.spec.head_dim], DType::F32, &cuda.device)?;
-        let params = GatherParams { rows, plane, out: tensor_address(&out)? };
+        let params = GatherParams { rows, plane, out: tensor_address(&out)?, values: values as u32 };
         // SAFETY: the order was made, `out` has the shape, the plane is one of the store's.
         unsafe { cuda.kernels.gather(&cuda.stream, cuda.element(), self.spans.len() as u32, &params) }
             .map_err(driver("gathering entries"))?;
@@ -101,11 +101,11 @@ impl<'a> Gathered<'a> {
 
 impl Held for Gathered<'_> {
     fn keys(&self) -> Result<Tensor> {
-        self.vectors(self.cuda.memory.store.k)
+        self.vectors(self.cuda.memory.store.k, false)
     }
 
     fn values(&self) -> Result<Tensor> {
-        self.vectors(self.cuda.memory.store.v)
+        self.vectors(self.cuda.memory.store.v, true)
     }
 
     fn valid(&self) -> Result<Tensor> {

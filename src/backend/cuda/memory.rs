@@ -14,6 +14,8 @@ use std::sync::Arc;
 
 /// Position, mark and score of an entry.
 const LANE_BYTES: usize = 8;
+/// The exponents of an entry's factors, beside a store of 8 bits.
+const FACTOR_BYTES: usize = 2;
 /// Pages are numbered by 32 bits.
 const MOST_PAGES: u64 = 1 << 31;
 
@@ -51,6 +53,8 @@ pub(crate) fn output(shape: &[usize], dtype: DType, device: &Device) -> Result<T
 pub(super) struct Memory {
     pub(super) store: Store,
     pub(super) page_bytes: u64,
+    /// Of an entry's key and value, their factors included.
+    pub(super) vector_bytes: usize,
     pub(super) limit: u64,
     counters: CudaSlice<Counters>,
     failed: CudaSlice<u64>,
@@ -60,6 +64,7 @@ pub(super) struct Memory {
     // Kept for their memory alone: kernels know the addresses.
     _planes: [CudaSlice<u8>; 2],
     _score: CudaSlice<f32>,
+    _factor: Option<CudaSlice<u16>>,
     _rows: [CudaSlice<u32>; 3],
     _free_pages: CudaSlice<u32>,
 }
@@ -76,8 +81,10 @@ pub(super) struct Layout {
 
 impl Memory {
     pub(super) fn new(stream: &Arc<CudaStream>, spec: &ModelSpec, layout: Layout) -> Result<Self> {
-        let entry_bytes = 2 * spec.head_dim * layout.dtype.size_in_bytes() + LANE_BYTES;
-        let page_bytes = (layout.page_size * entry_bytes) as u64;
+        let scaled = layout.dtype.size_in_bytes() == 1;
+        let plane_bytes = spec.head_dim * layout.dtype.size_in_bytes(); // of an entry
+        let vector_bytes = 2 * plane_bytes + if scaled { FACTOR_BYTES } else { 0 };
+        let page_bytes = (layout.page_size * (vector_bytes + LANE_BYTES)) as u64;
         let rows = spec.layers * layout.seats * spec.kv_heads;
         let max_pages = layout.max_entries.div_ceil(layout.page_size);
         let pages = (layout.limit / page_bytes).min(MOST_PAGES).min((rows * max_pages) as u64) as usize;
@@ -88,7 +95,9 @@ impl Memory {
             )));
         }
         let entries = pages * layout.page_size;
-        let plane = || alloc::<u8>(stream, entries * spec.head_dim * layout.dtype.size_in_bytes());
+        let plane = || alloc::<u8>(stream, entries * plane_bytes);
+        // Zeros, so that the factor of an entry that is not there is a number.
+        let factor = if scaled { Some(zeros::<u16>(stream, entries)?) } else { None };
         let (planes, tag, score) = ([plane()?, plane()?], alloc(stream, entries)?, alloc::<f32>(stream, entries)?);
         let per_row = || alloc::<u32>(stream, rows);
         let (len, row_lanes) = (per_row()?, [per_row()?, per_row()?, per_row()?]);
@@ -99,6 +108,7 @@ impl Memory {
             v: address(&planes[1]),
             tag: address(&tag),
             score: address(&score),
+            factor: factor.as_ref().map_or(0, address),
             len: address(&len),
             owned: address(&row_lanes[0]),
             newest: address(&row_lanes[1]),
@@ -118,6 +128,7 @@ impl Memory {
         Ok(Self {
             store,
             page_bytes,
+            vector_bytes,
             limit: layout.limit,
             counters,
             failed,
@@ -126,6 +137,7 @@ impl Memory {
             tag,
             _planes: planes,
             _score: score,
+            _factor: factor,
             _rows: row_lanes,
             _free_pages: free_pages,
         })

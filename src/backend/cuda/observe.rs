@@ -1,6 +1,6 @@
 //! What policies ask to be remembered of the queries: the newest ones, and running moments.
 
-use super::{Cuda, driver, memory};
+use super::{Cuda, driver, element, memory};
 use crate::{
     error::Result,
     policy::QueryMoments,
@@ -62,7 +62,7 @@ impl Cuda {
             size: size as u32,
         };
         // SAFETY: the ring has room for every seat; the step's spans are on the device.
-        unsafe { self.kernels.observe(&self.stream, self.element(), self.current.tokens as u32, &params) }
+        unsafe { self.kernels.observe(&self.stream, element(self.beside()), self.current.tokens as u32, &params) }
             .map_err(driver("remembering queries"))
     }
 

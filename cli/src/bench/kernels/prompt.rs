@@ -7,6 +7,7 @@ use super::{
 };
 use crate::bench::timer::time_graph_after;
 use anyhow::Result;
+use kvpolicy_kernels::Dtype;
 
 /// Tokens of a chunk.
 const CHUNK: usize = 1024;
@@ -18,7 +19,7 @@ impl Bench<'_> {
             return Ok(());
         }
         let (heads, context, page_size) = (self.heads, self.context, self.args.page_size);
-        let layers = cold_layers(heads, 1, context as f64);
+        let layers = cold_layers(heads, Dtype::Bf16, 1, context as f64);
         let size = Size { heads, batch: 1, layers, held: context, queries: context, page_size };
         let rig = Rig::new(&self.stream, size)?;
         self.append_chunk(&rig)?;

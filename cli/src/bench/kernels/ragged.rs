@@ -2,7 +2,7 @@
 
 use super::Heads;
 use anyhow::Result;
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits};
 use half::bf16;
 use kvpolicy_kernels::{
     BlockWork, Counters, DecodeParams, DecodeShape, Dtype, Kernels, Protect, RowWork, ScheduleParams, Span, Store,
@@ -27,12 +27,27 @@ pub(super) struct Tuning {
     pub(super) least_tiles: Option<u32>,
 }
 
+/// How entries are stored.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pages {
+    /// Entries.
+    pub(super) size: usize,
+    /// Bf16, fp8 or int8.
+    pub(super) dtype: Dtype,
+}
+
+/// Bytes of an entry's key and value, factors included.
+fn entry_bytes(heads: Heads, dtype: Dtype) -> usize {
+    2 * heads.dim * dtype.bytes() as usize + if dtype.bytes() == 1 { 2 } else { 0 }
+}
+
 /// One decode step's attention over `layers` layers of ragged rows.
 pub(super) struct Ragged {
     stream: Arc<CudaStream>,
     kernels: Arc<Kernels>,
     store: Store,
     heads: Heads,
+    dtype: Dtype,
     batch: usize,
     pub(super) layers: usize,
     /// Entries of all rows of each layer.
@@ -41,7 +56,8 @@ pub(super) struct Ragged {
     shape: DecodeShape,
     least_tiles: u32,
     u32s: Vec<CudaSlice<u32>>,
-    _planes: [CudaSlice<bf16>; 2],
+    _planes: [CudaSlice<u8>; 2],
+    _factors: CudaSlice<u16>,
     q: CudaSlice<bf16>,
     y: CudaSlice<bf16>,
     parts: CudaSlice<f32>,
@@ -52,8 +68,8 @@ pub(super) struct Ragged {
 }
 
 /// As many layers as leave nothing of one round in the cache for the next.
-pub(super) fn cold_layers(heads: Heads, batch: usize, entries: f64) -> usize {
-    let layer_bytes = batch as f64 * heads.kv as f64 * entries * (4 * heads.dim) as f64;
+pub(super) fn cold_layers(heads: Heads, dtype: Dtype, batch: usize, entries: f64) -> usize {
+    let layer_bytes = batch as f64 * heads.kv as f64 * entries * entry_bytes(heads, dtype) as f64;
     ((400e6 / layer_bytes).ceil() as usize).clamp(2, 64)
 }
 
@@ -76,11 +92,12 @@ impl Ragged {
         heads: Heads,
         batch: usize,
         mean: f64,
-        page_size: usize,
+        pages_of_store: Pages,
         tuning: Tuning,
     ) -> Result<Self> {
         let kernels = Kernels::of(stream.context())?;
-        let layers = tuning.layers.unwrap_or(cold_layers(heads, batch, mean));
+        let Pages { size: page_size, dtype } = pages_of_store;
+        let layers = tuning.layers.unwrap_or(cold_layers(heads, dtype, batch, mean));
         let rows = layers * batch * heads.kv;
         let mut rng = StdRng::seed_from_u64(1);
         let lens = lengths(&mut rng, rows, mean);
@@ -95,15 +112,15 @@ impl Ragged {
             table[row * max_pages..][..pages_of(len)].iter_mut().zip(next.by_ref()).for_each(|(t, id)| *t = id);
         }
         let elements = pages * page_size * heads.dim;
-        let plane = || random(stream, elements);
-        let planes = [plane()?, plane()?];
+        let planes = [plane(stream, elements, dtype)?, plane(stream, elements, dtype)?];
+        let factors = stream.clone_htod(&vec![127 * 257u16; pages * page_size])?; // ones
         let width = heads.q * heads.dim;
         let group = (heads.q / heads.kv) as u32;
         use cudarc::driver::sys::CUdevice_attribute as Attribute;
         let attribute = |which| -> Result<u32> { Ok(stream.context().attribute(which)? as u32) };
         let all_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let shape = DecodeShape::new(group, heads.dim as u32, shared, all_shared);
+        let shape = DecodeShape::new(dtype, group, heads.dim as u32, shared, all_shared);
         let shape = tuning.warps.map_or(shape, |warps| shape.with_warps(warps, all_shared));
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let blocks = multiprocessors * tuning.blocks.unwrap_or(shape.blocks_per_multiprocessor());
@@ -117,6 +134,7 @@ impl Ragged {
         let store = Store {
             k: planes[0].device_ptr(stream).0,
             v: planes[1].device_ptr(stream).0,
+            factor: factors.device_ptr(stream).0,
             len: address(&lens_on_device),
             table: address(&table),
             counters: counters.device_ptr(stream).0,
@@ -134,6 +152,7 @@ impl Ragged {
             kernels,
             store,
             heads,
+            dtype,
             batch,
             layers,
             entries: lens.chunks(batch * heads.kv).map(|layer| layer.iter().map(|&len| len as f64).sum()).collect(),
@@ -142,6 +161,7 @@ impl Ragged {
             least_tiles: tuning.least_tiles.unwrap_or(shape.least_tiles()),
             u32s: vec![table, lens_on_device, singles, positions, arrived],
             _planes: planes,
+            _factors: factors,
             q: random(stream, batch * width)?,
             y: stream.alloc_zeros(batch * width)?,
             parts: stream.alloc_zeros(shape.scratch(blocks))?,
@@ -155,7 +175,7 @@ impl Ragged {
     /// Bytes of keys and values that attention reads in the first `layers`, mean over them.
     pub(super) fn bytes(&self, layers: usize) -> f64 {
         let entries: f64 = self.entries[..layers].iter().sum();
-        entries / layers as f64 * (2 * 2 * self.heads.dim) as f64
+        entries / layers as f64 * entry_bytes(self.heads, self.dtype) as f64
     }
 
     /// Bytes that [`Ragged::schedule`] reads and writes.
@@ -204,17 +224,45 @@ impl Ragged {
             check_marks: 0,
         };
         // SAFETY: as above; the schedule was made.
-        Ok(unsafe { self.kernels.decode(&self.stream, Dtype::Bf16, self.shape, self.blocks, &params) }?)
+        Ok(unsafe { self.kernels.decode(&self.stream, self.dtype, self.shape, self.blocks, &params) }?)
     }
 }
 
-/// Numbers in (-1, 1), made on the host once and repeated.
+/// Numbers in (-1, 1).
 pub(super) fn random(stream: &Arc<CudaStream>, n: usize) -> Result<CudaSlice<bf16>> {
+    repeated(stream, n, |rng| bf16::from_f32(rng.random_range(-1.0..1.0)))
+}
+
+/// Stored components in (-1, 1).
+fn plane(stream: &Arc<CudaStream>, elements: usize, dtype: Dtype) -> Result<CudaSlice<u8>> {
+    if dtype.bytes() == 1 {
+        // Fp8's code of 1 is 0x38.
+        return repeated(stream, elements, |rng| rng.random_range(0..0x38u8) | if rng.random() { 0x80 } else { 0 });
+    }
+    let number = |rng: &mut StdRng| bf16::from_f32(rng.random_range(-1.0..1.0));
+    let mut high = None; // bytes of numbers in turn, low ones first
+    repeated(stream, 2 * elements, |rng| match high.take() {
+        Some(byte) => byte,
+        None => {
+            let [low, next] = number(rng).to_le_bytes();
+            high = Some(next);
+            low
+        }
+    })
+}
+
+/// Made on the host once and repeated.
+fn repeated<T: DeviceRepr + ValidAsZeroBits>(
+    stream: &Arc<CudaStream>,
+    n: usize,
+    draw: impl FnMut(&mut StdRng) -> T,
+) -> Result<CudaSlice<T>> {
     const PIECE: usize = 1 << 20;
     let mut rng = StdRng::seed_from_u64(n as u64);
-    let piece: Vec<bf16> = (0..PIECE.min(n)).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0))).collect();
+    let mut draw = draw;
+    let piece: Vec<T> = (0..PIECE.min(n)).map(|_| draw(&mut rng)).collect();
     let piece = stream.clone_htod(&piece)?;
-    let mut out = stream.alloc_zeros::<bf16>(n)?;
+    let mut out = stream.alloc_zeros::<T>(n)?;
     for from in (0..n).step_by(PIECE) {
         let len = PIECE.min(n - from);
         stream.memcpy_dtod(&piece.slice(..len), &mut out.slice_mut(from..from + len))?;

@@ -85,6 +85,7 @@ impl Rig {
             v: room(entries * heads.dim * 2)?,
             tag: room(entries * 4)?,
             score: room(entries * 4)?,
+            factor: 0,
             len: room(rows * 4)?,
             owned: room(rows * 4)?,
             newest: room(rows * 4)?,
@@ -283,7 +284,8 @@ impl Rig {
 
     /// Copies the keys in the order that was found last.
     pub(super) fn gather(&self, layer: usize, tokens: &Tokens) -> Result<()> {
-        let params = GatherParams { rows: self.listed(layer, tokens), plane: self.store.k, out: self.at(&self.out) };
+        let params =
+            GatherParams { rows: self.listed(layer, tokens), plane: self.store.k, out: self.at(&self.out), values: 0 };
         // SAFETY: as in `plan`; `order` was made, by a layer whose rows are as long.
         Ok(unsafe { self.kernels.gather(&self.stream, Dtype::Bf16, self.batch as u32, &params) }?)
     }

@@ -19,7 +19,7 @@ impl Bench<'_> {
         use Kernel::{Append, Held, Mass, Observe, Trim};
         if [Append, Held, Mass, Observe, Trim].into_iter().any(|kernel| self.wants(kernel)) {
             let held = self.mean() as usize;
-            let layers = cold_layers(self.heads, self.batch, held as f64);
+            let layers = cold_layers(self.heads, Dtype::Bf16, self.batch, held as f64);
             let rig = self.rig(layers, held)?;
             let step = Tokens::new(&self.stream, self.batch, held, 1)?;
             rig.plan(&step)?;
