@@ -472,16 +472,3 @@ fn floor_boundary(text: &str, mut at: usize) -> usize {
     }
     at
 }
-
-/// Index of the largest logit; the first of equals.
-fn argmax(logits: &[f32]) -> u32 {
-    let better = |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
-    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0 as u32
-}
-
-/// Log-softmax in f64.
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let sum: f64 = logits.iter().map(|&x| (x as f64 - top).exp()).sum();
-    logits.iter().map(|&x| x as f64 - top - sum.ln()).collect()
-}

@@ -4,9 +4,10 @@ pub mod answer;
 pub mod program;
 mod read;
 
-use super::{Excerpts, Log, Sample, Task, argmax, retrieval::generate};
+use super::{Excerpts, Log, Sample, Task, retrieval::generate};
 use crate::{
     error::{Error, Result},
+    logits::argmax,
     params::Param,
     spec::keyword_param,
 };

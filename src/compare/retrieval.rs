@@ -1,11 +1,12 @@
 //! Questions about what was read once: the frame of every [`Ask`].
 
 use super::{
-    Ask, Contender, Excerpts, Log, Sample, Sequence, Setting, Task, argmax, common_words, needle, needles, state,
+    Ask, Contender, Excerpts, Log, Sample, Sequence, Setting, Task, common_words, needle, needles, state,
     variable_tracking, word_key,
 };
 use crate::{
     error::{Error, Result},
+    logits::argmax,
     stats::Stats,
 };
 use std::ops::RangeInclusive;
