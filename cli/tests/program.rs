@@ -6,7 +6,7 @@ mod tiny;
 
 use candle_core::quantized::GgmlDType;
 use kvpolicy::compare::{Report, Sample, Trace};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -97,6 +97,86 @@ fn compare_writes_a_row_for_each_policy_task_and_context() {
     assert_eq!(samples.len(), 2 * policies.len() * (tasks.len() - 2)); // the first three share theirs
     let needles: Vec<&Sample> = samples.iter().filter(|s| s.task == "needle").collect();
     assert!(needles.iter().all(|s| s.prompt.contains(s.expected.as_ref().unwrap()) && s.answer.is_some()));
+}
+
+/// Lines of `route` that have a field.
+fn lines_with(output: &str, field: &str) -> Vec<Value> {
+    let lines = output.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter(|line| line.get(field).is_some()).collect()
+}
+
+#[test]
+fn route_answers_each_line_under_the_arm_of_its_key() {
+    let bench = Bench::new();
+    let ask = |key: usize| json!({"key": format!("k{key}"), "prompt": "a b c d e f g h i j"}).to_string();
+    let mut lines: Vec<String> = (0..12).map(ask).collect();
+    lines.insert(6, json!({"roll_back": {"arm": "window:size=8", "reason": "to see"}}).to_string());
+    lines.extend([
+        json!({"key": "k0"}).to_string(),
+        "".into(),
+        json!({"key": "k0", "prompt": " "}).to_string(),
+        ask(0),
+    ]);
+    lines.push(json!({"key": "k0", "prompt": "long ".repeat(300)}).to_string());
+    lines.push(json!({"weight": {"arm": "tova", "to": 1}}).to_string());
+    std::fs::write(bench.path("r.jsonl"), lines.join("\n")).unwrap();
+    let arms = ["--policies", "full;window:size=8", "--shadow", "1", "--max-tokens", "12", "--requests", "r.jsonl"];
+    let run = |more: &[&str]| bench.run("route", &[&arms[..], more].concat());
+    let alone = run(&[]);
+    let (text, table) = (succeeded(&alone), String::from_utf8_lossy(&alone.stderr).into_owned());
+
+    let ends = lines_with(&text, "tokens");
+    let end = |line: u64| ends.iter().find(|end| end["line"] == line).unwrap();
+    assert_eq!(ends.len(), 13);
+    assert!(ends.iter().any(|end| end["arm"] == "window:size=8" && end["kl"].as_f64().unwrap() > 1e-6));
+    for end in ends.iter().filter(|end| end["arm"] == "full") {
+        assert_eq!(end["kl"], 0.0);
+    }
+    assert!((8..14).all(|line| end(line)["arm"] == "full"), "after the roll back");
+    let said = |line: u64| -> String {
+        let pieces = lines_with(&text, "text").into_iter().filter(|piece| piece["line"] == line);
+        pieces.map(|piece| piece["text"].as_str().unwrap().to_string()).collect()
+    };
+    assert!(!said(8).is_empty() && said(8) == said(9), "the same prompt under the same policy");
+    assert_eq!(lines_with(&text, "shares")[0]["shares"], json!({"full": 1.0, "window:size=8": 0.0}));
+    let errors = lines_with(&text, "error");
+    for (line, words) in [(14, "missing field `prompt`"), (16, "prompt is empty"), (18, "512"), (19, "`tova`")] {
+        let error = errors.iter().find(|error| error["line"] == line).unwrap();
+        assert!(error["error"].as_str().unwrap().contains(words), "{error}");
+    }
+    assert!(
+        table.contains("to see") && table.lines().any(|line| line.starts_with("| full") && line.contains("100.0%"))
+    );
+
+    let mut together = lines_with(&succeeded(&run(&["--parallel", "3"])), "tokens");
+    together.sort_by_key(|end| end["line"].as_u64());
+    assert_eq!(together, ends, "however many at a time");
+}
+
+#[test]
+fn route_rolls_back_and_falls_back_by_its_limits() {
+    let bench = Bench::new();
+    let line = |i: usize| json!({"key": i.to_string(), "prompt": "one two three four five"}).to_string() + "\n";
+    std::fs::write(bench.path("r.jsonl"), (0..10).map(line).collect::<String>()).unwrap();
+    let arms = ["--policies", "full;window:size=2", "--weights", "0,1", "--shadow", "1", "--requests", "r.jsonl"];
+    let limits = ["--limit-kl", "1e-6", "--window", "3", "--fallback-kl", "1e-6", "--fallback-tokens", "1"];
+    let text = succeeded(&bench.run("route", &[&arms[..], &limits, &["--max-tokens", "5"]].concat()));
+    let ends = lines_with(&text, "tokens");
+    let arms: Vec<&str> = ends.iter().map(|end| end["arm"].as_str().unwrap()).collect();
+    assert_eq!(arms, [&["window:size=2"; 3][..], &["full"; 7]].concat());
+    assert!(ends.iter().all(|end| end["fell_back_at"].is_u64() == (end["arm"] == "window:size=2")), "{ends:?}");
+    let told = lines_with(&text, "rolled_back");
+    assert!(told.len() == 1 && told[0]["rolled_back"].as_str().unwrap().contains("the last 3 requests"), "{told:?}");
+
+    let fails = |args: &[&str], words: &[&str]| bench.fails("route", args, words);
+    fails(&["--weights", "1,2,3"], &["weights", "3 for 2"]);
+    fails(&["--weights", "1,-1"], &["weight=-1"]);
+    fails(&["--shadow", "2"], &["shadow=2"]);
+    fails(&["--policies", "full;full"], &["named twice"]);
+    fails(&["--policies", "full;dms"], &["gates"]);
+    fails(&["--limit-kl", "0.1", "--window", "0"], &["window=0"]);
+    fails(&["--parallel", "0"], &["parallel=0"]);
+    fails(&["--requests", "nowhere.jsonl"], &["nowhere.jsonl"]);
 }
 
 #[test]
