@@ -338,8 +338,8 @@ impl Limits {
     fn faults(&self) -> Vec<String> {
         let mut why = vec![];
         for (name, limit) in [("kl", self.kl), ("seconds_per_token", self.seconds_per_token)] {
-            if limit.is_some_and(|limit| !(limit >= 0.0)) {
-                why.push(format!("limits: {name}={} is no limit: 0 or more", limit.unwrap_or_default()));
+            if let Some(limit) = limit.filter(|limit| limit.is_nan() || *limit < 0.0) {
+                why.push(format!("limits: {name}={limit} is no limit: 0 or more"));
             }
         }
         if self.window == 0 && (self.kl.is_some() || self.seconds_per_token.is_some()) {

@@ -48,7 +48,9 @@ fn outcome(decode_seconds: f64) -> Outcome {
 /// A request whose tokens have these divergences.
 fn play(router: &Router, key: &str, kl: &[f64]) -> Option<String> {
     let mut ticket = router.route(key);
-    kl.iter().for_each(|&kl| drop(ticket.record(kl)));
+    for &kl in kl {
+        let _ = ticket.record(kl);
+    }
     router.finish(ticket, &outcome(1.0)).map(|rolled_back| rolled_back.reason)
 }
 
@@ -184,7 +186,9 @@ fn requests_that_were_under_way_do_not_roll_back_twice() {
     let router = Router::new(RouterConfig { limits, ..halves() }).unwrap();
     let key = key_of(&router, WINDOW);
     let mut tickets: Vec<Ticket> = (0..2).map(|_| router.route(&key)).collect();
-    tickets.iter_mut().for_each(|ticket| drop(ticket.record(1.0)));
+    for ticket in &mut tickets {
+        let _ = ticket.record(1.0);
+    }
     let told: Vec<bool> = tickets.into_iter().map(|ticket| router.finish(ticket, &outcome(1.0)).is_some()).collect();
     assert_eq!((told, named(&router, WINDOW).requests), (vec![true, false], 2));
 }
@@ -381,13 +385,12 @@ fn an_answer_is_the_arms_and_its_divergence_that_of_the_same_tokens() {
     let (own, ticket, told) = ask(&router, WINDOW, 6);
     assert_eq!((told.as_str(), own.tokens.len(), own.fell_back_at), ("222222", 6, None));
     assert_eq!((own.outcome.decoded, own.outcome.kv.written), (5, PROMPT.len() as u64 + 5));
-    let mut text = Counts.encode(PROMPT).unwrap();
-    let mut sum = 0.0;
-    for _ in 0..6 {
-        let logits = |sees| Seen { tokens: text.clone(), sees }.logits();
-        sum += textbook_kl(&logits(usize::MAX), &logits(4));
-        text.push(2);
-    }
+    let at = |said: usize| {
+        let tokens = Counts.encode(&(PROMPT.to_string() + &"2".repeat(said))).unwrap();
+        let logits = |sees| Seen { tokens: tokens.clone(), sees }.logits();
+        textbook_kl(&logits(usize::MAX), &logits(4))
+    };
+    let sum: f64 = (0..6).map(at).sum();
     assert!((ticket.kl().unwrap() - sum / 6.0).abs() < 1e-12 && sum > 1.0, "{sum}");
 
     let (dense, ticket, told) = ask(&router, "full", 6);

@@ -16,7 +16,7 @@ pub struct Guard {
 impl Guard {
     pub(super) fn faults(&self) -> Vec<String> {
         let mut why = vec![];
-        if !(self.kl >= 0.0) {
+        if self.kl.is_nan() || self.kl < 0.0 {
             why.push(format!("guard: kl={} is no threshold: 0 or more", self.kl));
         }
         if self.tokens == 0 {
@@ -27,6 +27,7 @@ impl Guard {
 }
 
 /// Where a request goes on.
+#[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// Under its arm.
