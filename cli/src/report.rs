@@ -69,10 +69,11 @@ impl Findings {
     /// Facts about the run.
     fn facts(&self) -> Vec<(&'static str, String)> {
         let report = &self.report;
+        let weights = if report.quantized { ", weights quantized" } else { "" };
         let mut facts = vec![
             ("command", command(&report.command)),
             ("model", format!("{} (SHA-256 {})", report.model, report.model_sha256)),
-            ("types", format!("{}, keys and values {}", report.dtype, report.kv_dtype)),
+            ("types", format!("{}{weights}, keys and values {}", report.dtype, report.kv_dtype)),
             ("seed", report.seed.to_string()),
             ("kvpolicy", report.version.clone()),
             ("device", report.host.device.clone()),

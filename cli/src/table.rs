@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow};
 use comfy_table::{CellAlignment, Table, presets};
-use kvpolicy::compare::{Against, Metrics, Row, Task, wilson};
+use kvpolicy::compare::{Against, Measure, Metrics, Row, Task, wilson};
 use std::{fmt, path::Path};
 
 /// A file that must be UTF-8.
@@ -67,7 +67,8 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Figures {
         for task in tasks {
             let row = own.iter().find(|r| r.task == task.to_string());
             let mut figures = figures(*task, &row.map(|r| r.metrics.clone()).unwrap_or_default());
-            if let (Some(figure), Some(row)) = (figures.first_mut(), row) {
+            // The last of `speed` is decode, which the difference is of; others have one figure.
+            if let (Some(figure), Some(row)) = (figures.last_mut(), row) {
                 *figure += &marks(&row.against);
             }
             cells.extend(figures);
@@ -104,11 +105,9 @@ const DMS: &str = "^";
 
 /// Which of the policies that a figure is measured by it differs from.
 fn marks(against: &[Against]) -> String {
-    let differs = |name: &str| {
-        let is_named = |other: &&Against| other.policy.split([':', ' ']).next() == Some(name);
-        against.iter().filter(is_named).any(|other| other.p < SURE)
-    };
-    [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(_, name)| differs(name)).map(|(mark, _)| mark).collect()
+    let differs = |measure| against.iter().any(|other| other.measure == Some(measure) && other.p < SURE);
+    let measures = [(FULL, Measure::Full), (DMS, Measure::Dms)];
+    measures.into_iter().filter(|(_, measure)| differs(*measure)).map(|(mark, _)| mark).collect()
 }
 
 /// What the tasks have in common, or from the least to the most where they differ: gates keep what a text is worth.
@@ -169,6 +168,22 @@ mod tests {
         assert_eq!(line(Task::TokenMatch, &Metrics::default()), "-");
         let parts = Metrics { score: Some(0.755), score_interval: Some([0.6, 0.85]), ..counted((2, 4)) };
         assert_eq!((score(&parts), score(&Metrics::default())), ("76% (60-85%)".into(), "-".into()));
+    }
+
+    #[test]
+    fn a_mark_says_what_a_figure_surely_differs_from() {
+        let other = |measure, p| Against {
+            policy: "a label of any kind".into(),
+            measure,
+            difference: 1.0,
+            interval: [0.5, 2.0],
+            p,
+            pairs: 9,
+        };
+        let (full, dms) = (Some(Measure::Full), Some(Measure::Dms));
+        assert_eq!(marks(&[other(full, 0.01), other(dms, 0.04)]), "*^");
+        assert_eq!(marks(&[other(full, 0.06), other(dms, 0.04), other(None, 0.0)]), "^");
+        assert_eq!(marks(&[]), "");
     }
 
     #[test]

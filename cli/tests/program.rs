@@ -328,7 +328,10 @@ fn a_stopped_run_goes_on_to_the_same_files() {
     assert_eq!(traces.iter().map(|trace| trace.policy.as_str()).collect::<Vec<_>>(), ["full", "h2o @4x", "dms"]);
     for trace in &traces {
         let (heads, last) = (trace.live.iter().map(Vec::len).sum::<usize>(), trace.held.last().unwrap());
-        assert!(trace.seen.is_sorted() && trace.seen.last() == Some(&512) && trace.pieces.len() == 512);
+        assert!(trace.seen.is_sorted() && trace.seen.last() == Some(&trace.pieces.len()) && trace.context == 512);
+        let text = trace.pieces.concat();
+        assert!(text.len() > 400 && text.contains("code ") && text.ends_with('\n'), "a page with its answers: {text}");
+        assert!(text[trace.prompt..].starts_with("\ncode "), "the questions come token by token");
         assert_eq!(last.iter().sum::<usize>(), trace.live.iter().flatten().sum::<usize>());
         assert_eq!(last.iter().all(|held| *held == heads), trace.policy == "full");
         // What is gone does not come back.
@@ -373,6 +376,39 @@ fn a_stopped_run_goes_on_to_the_same_files() {
     std::fs::write(dir.path().join("a/results.json"), old).unwrap();
     refused(&["--out", "a", "--resume"], &["version was `0.0.", "policies was", "h2o:budgie"]);
     assert!(files("a").1 == samples, "what is refused leaves the samples alone");
+}
+
+#[test]
+fn a_run_is_resumed_with_the_same_weights_tokenizer_and_gates_only() {
+    let bench = Bench::new();
+    tiny().write_gates(&bench.path("gates"));
+    let args = ["--policies", "full;dms:weights=gates/gates.safetensors", "--tasks", "chain", "--context", "128"];
+    let compare =
+        |more: &[&str]| bench.run("compare", &[&args[..], &["--samples", "1", "--out", "out"], more].concat());
+    succeeded(&compare(&[]));
+    let report = read(&bench.path("out/results.json"));
+    assert!(report.quantized && report.tokenizer_sha256.len() == 64 && report.gates.len() == 1);
+    succeeded(&compare(&["--resume"]));
+    let refused = |more: &[&str], words: &[&str]| {
+        let error = String::from_utf8_lossy(&compare(&[&["--resume"], more].concat()).stderr).into_owned();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    refused(&["--dequantize"], &["out is of another plan", "quantized was `true` and is `false`"]);
+
+    let file = bench.path("gates/gates.safetensors");
+    let mut gates = std::fs::read(&file).unwrap();
+    let last = gates.len() - 1;
+    gates[last] ^= 1; // a little of one weight
+    std::fs::write(&file, &gates).unwrap();
+    refused(&[], &["gates was `dms:", "and is `dms:"]);
+    gates[last] ^= 1;
+    std::fs::write(&file, &gates).unwrap();
+    succeeded(&compare(&["--resume"]));
+
+    let written = std::fs::read_to_string(bench.path("out/results.json")).unwrap();
+    let other = written.replace(&report.tokenizer_sha256, &"0".repeat(64));
+    std::fs::write(bench.path("out/results.json"), other).unwrap();
+    refused(&[], &["tokenizer_sha256 was `000", &report.tokenizer_sha256]);
 }
 
 #[test]
@@ -517,6 +553,10 @@ fn plan_reads_whatever_says_the_shape_of_a_model() {
     // 2 layers of 2 heads of 16, keys and values, 2 bytes.
     assert!(from_file.contains("256 B of keys and values a token") && from_file.contains("8x |"), "{from_file}");
     assert_eq!(from_file.replace("model/config.json:", "model:"), succeeded(&plan("model", &[])));
+    // 2 layers of 36,864 and an embedding of 300 rows: 92,928 parameters, whatever the files weigh.
+    std::fs::write(bench.path("model/model.safetensors"), [0; 1000]).unwrap();
+    assert!(succeeded(&plan("model", &[])).contains("181.5 KiB of weights"));
+    assert!(succeeded(&plan("model", &["--dtype", "f32"])).contains("363.0 KiB of weights"));
     assert!(succeeded(&plan("m.gguf", &["--kv-dtype", "f32"])).contains("of keys and values a token"));
     let preset = succeeded(&plan("llama-3.1-8b", &["--compression", "4", "--price-per-hour", "2.5"]));
     assert!(preset.contains("128.0 KiB of keys") && preset.contains("4x |"), "{preset}");
@@ -650,7 +690,7 @@ fn bad_input_is_refused_with_its_reason() {
     compare(&["--tasks", "recall,needle"], &["needle", "--text"]);
     compare(&["--tasks", "chain", "--context", "100"], &["context=100"]);
     compare(&["--tasks", "chain", "--policies", "full", "--context", "200,200"], &["context=200 is there twice"]);
-    compare(&["--tasks", "chain", "--policies", "full", "--context", "256", "--text", "short.txt"], &["too short"]);
+    compare(&["--tasks", "speed", "--policies", "full", "--context", "256", "--text", "short.txt"], &["too short"]);
     compare(&["--tasks", "word-key", "--context", "128"], &["context=128", "no room for lines"]);
     compare(&["--text", "t.txt", "--context", "100000"], &["100000", "512", "--allow-long"]);
     compare(&["--text", "t.txt", "--context", "0"], &["context=0"]);
