@@ -4,6 +4,8 @@ mod chart;
 mod html;
 mod markdown;
 mod pictures;
+#[cfg(feature = "png")]
+mod png;
 
 use crate::{
     results::{RESULTS, read_report, read_samples, read_traces, write as write_file},
@@ -36,9 +38,12 @@ pub(crate) fn write(dir: &Path) -> Result<()> {
     );
     let findings =
         Findings::new(report, &read_samples(dir)?, read_traces(dir)?).with_context(|| dir.display().to_string())?;
-    write_file(dir, "report.html", &html::page(&findings))?;
-    write_file(dir, "report.md", &markdown::page(&findings))?;
-    findings.pictures.iter().try_for_each(|picture| write_file(dir, &picture.file(), &picture.chart.alone()))
+    write_file(dir, "report.html", html::page(&findings))?;
+    write_file(dir, "report.md", markdown::page(&findings))?;
+    findings.pictures.iter().try_for_each(|picture| write_file(dir, &picture.file(), picture.chart.alone()))?;
+    #[cfg(feature = "png")]
+    png::write(dir, &findings.pictures)?;
+    Ok(())
 }
 
 /// What the pages show.
