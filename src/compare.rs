@@ -46,7 +46,7 @@ mod variable_tracking;
 mod word_key;
 
 pub use report::{Asked, Host, Metrics, Planned, Report, Row, SCHEMA, Sample, wilson};
-pub use significance::Against;
+pub use significance::{Against, Measure};
 pub use sweep::{fit, sweepable};
 pub use trace::{Trace, trace};
 
@@ -338,17 +338,16 @@ pub trait Progress {
 /// [`Error::Config`] for a plan that cannot be met (naming what to change), else whatever stops the host.
 pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     check(plan)?;
-    for contest in &plan.contests {
-        foresee(&Excerpts { subject, plan, contest })?;
-    }
+    let contests = plan.contests.iter().map(|contest| Excerpts { subject, plan, contest });
+    let contests = contests.map(|texts| Ok((foresee(&texts)?, texts))).collect::<Result<Vec<_>>>()?;
     let mut log = Log::new(plan, done, progress);
-    for contest in &plan.contests {
-        let texts = Excerpts { subject, plan, contest };
+    for (prompts, texts) in contests {
+        let contest = texts.contest;
         match contest.tasks.first() {
             Some(Task::Ppl | Task::Kl | Task::TokenMatch) => likelihood::run(&texts, &mut log)?,
             Some(Task::Ask(ask, setting)) => retrieval::run(&texts, *ask, *setting, &mut log)?,
             Some(task @ (Task::Recall | Task::Chain)) => turns::run(&texts, *task, &mut log)?,
-            Some(Task::Exam(benchmark)) => benchmark::run(&texts, *benchmark, &mut log)?,
+            Some(Task::Exam(benchmark)) => benchmark::run(&texts, *benchmark, &prompts, &mut log)?,
             Some(Task::Speed) => speed::run(&texts, &mut log)?,
             None => {}
         }
@@ -356,20 +355,25 @@ pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut
     Ok(summary::rows(plan, &log.samples()))
 }
 
-/// A text that is too short, or a context that cannot be filled, is told before the first run.
-fn foresee(texts: &Excerpts) -> Result<()> {
-    let Some(task) = texts.contest.tasks.first() else { return Ok(()) };
-    match task {
-        Task::Exam(benchmark) => benchmark::prompts(texts, benchmark::exam(texts, *benchmark)?).map(drop)?,
-        Task::Ask(ask, _) if !ask.is_needle() => retrieval::prompt(texts, *ask, 0).map(drop)?,
-        _ => {}
+/// A text that is too short, or a context that cannot be filled, is told before the first run. The prompts of a benchmark, none
+/// of other tasks.
+fn foresee(texts: &Excerpts) -> Result<Vec<Vec<u32>>> {
+    let Some(&task) = texts.contest.tasks.first() else { return Ok(vec![]) };
+    let prompts = match task {
+        Task::Exam(benchmark) => benchmark::prompts(texts, benchmark::exam(texts, benchmark)?)?,
+        _ => vec![],
+    };
+    if let Task::Ask(ask, _) = task
+        && !ask.is_needle()
+    {
+        retrieval::prompt(texts, ask, 0)?;
     }
-    // A text that is there is what speed is measured on, and what a trace shows.
-    let may_cut = *task == Task::Speed || texts.context() <= trace::LONGEST;
+    // A text that is there is what speed is measured on, and what the trace of a benchmark shows.
+    let may_cut = task == Task::Speed || (matches!(task, Task::Exam(_)) && texts.context() <= trace::LONGEST);
     if task.cuts_text() || (texts.plan.text.is_some() && may_cut) {
         texts.cut(&mut texts.rng(0), texts.context())?;
     }
-    Ok(())
+    Ok(prompts)
 }
 
 fn check(plan: &Plan) -> Result<()> {
@@ -443,6 +447,15 @@ impl Excerpts<'_> {
         )
     }
 
+    /// A text in tokens, parted at a byte. It is encoded as one, so that nothing a tokenizer does at the start of a text happens in
+    /// the middle; where it goes on from its front otherwise than that ends, the second part begins earlier.
+    fn parted(&self, text: &str, at: usize) -> Result<[Vec<u32>; 2]> {
+        let (mut all, front) = (self.subject.encode(text)?, self.subject.encode(&text[..at])?);
+        let split = all.iter().zip(&front).take_while(|(a, b)| a == b).count();
+        let behind = all.split_off(split);
+        Ok([all, behind])
+    }
+
     /// `tokens` consecutive tokens of the text from a random place, with their text. Without a text, of made-up sentences.
     fn cut(&self, rng: &mut StdRng, tokens: usize) -> Result<(Vec<u32>, String)> {
         let made_up: String;
@@ -478,17 +491,4 @@ fn floor_boundary(text: &str, mut at: usize) -> usize {
         at -= 1;
     }
     at
-}
-
-/// Index of the largest logit; the first of equals.
-fn argmax(logits: &[f32]) -> u32 {
-    let better = |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
-    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0 as u32
-}
-
-/// Log-softmax in f64.
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let sum: f64 = logits.iter().map(|&x| (x as f64 - top).exp()).sum();
-    logits.iter().map(|&x| x as f64 - top - sum.ln()).collect()
 }

@@ -53,12 +53,15 @@ mod cache;
 pub mod compare;
 pub mod compose;
 mod error;
+mod logits;
 mod ops;
 pub mod params;
 pub mod policies;
 mod policy;
 mod registry;
 pub mod retrofit;
+#[cfg(feature = "router")]
+pub mod router;
 mod spec;
 mod stats;
 mod step;

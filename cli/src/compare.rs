@@ -7,7 +7,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvpolicy::{
-    Registry,
+    KvCache, Registry,
     compare::{
         self, Asked, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task,
         benchmark::{Benchmark, Exam, Sampling, check_exams},
@@ -16,6 +16,7 @@ use kvpolicy::{
 use kvpolicy_candle::Hosted;
 use sha2::{Digest, Sha256};
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -228,7 +229,14 @@ fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
         model: hosted.lm.name().to_string(),
         model_sha256: hosted.lm.sha256()?,
         dtype: hosted.lm.dtype().as_str().to_string(),
+<<<<<<< HEAD
         kv_dtype: kv_name(hosted.options.kv_dtype(hosted.lm.model())).to_string(),
+=======
+        quantized: hosted.lm.model().is_quantized(),
+        tokenizer_sha256: hosted.lm.tokenizer_sha256()?,
+        gates: gates(hosted, plan)?,
+        kv_dtype: hosted.options.kv_dtype(hosted.lm.model()).as_str().to_string(),
+>>>>>>> 76e00f688c7493dcbf3eb22991c9889b6d61ab94
         text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
         samples: plan.samples,
@@ -244,6 +252,21 @@ fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
         },
         rows: vec![],
     })
+}
+
+/// The hash of the gates of each policy that asks for some.
+fn gates(hosted: &Hosted, plan: &Plan) -> Result<BTreeMap<String, String>> {
+    let (spec, mut all) = (hosted.spec(), BTreeMap::new());
+    for Contender { policy, .. } in plan.contests.iter().flat_map(|contest| &contest.contenders) {
+        let name = policy.to_string();
+        if all.contains_key(&name) || KvCache::gate_source(&**policy, &spec)?.is_none() {
+            continue;
+        }
+        if let Some(gates) = hosted.lm.gates_for(&**policy)? {
+            all.insert(name, gates.sha256()?);
+        }
+    }
+    Ok(all)
 }
 
 fn asked(exam: &Exam) -> Asked {

@@ -31,9 +31,11 @@ fn check_alike((a_path, a): (&Path, &Report), (b_path, b): (&Path, &Report)) -> 
     let facts = |r: &Report| {
         let seed = r.seed.to_string();
         let drawn = format!("{} at {}", r.repeats, r.temperature);
-        [r.model_sha256.clone(), r.dtype.clone(), r.kv_dtype.clone(), seed, r.text_sha256.clone(), drawn]
+        let model = [r.model_sha256.clone(), r.tokenizer_sha256.clone(), r.dtype.clone(), r.quantized.to_string()];
+        [&model[..], &[r.kv_dtype.clone(), seed, r.text_sha256.clone(), drawn]].concat()
     };
-    let names = ["model_sha256", "dtype", "kv_dtype", "seed", "text_sha256", "repeats and temperature"];
+    let model = ["model_sha256", "tokenizer_sha256", "dtype", "quantized"];
+    let names = [&model[..], &["kv_dtype", "seed", "text_sha256", "repeats and temperature"]].concat();
     for ((name, a), b) in names.iter().zip(facts(a)).zip(facts(b)) {
         // Tasks that make up their prompts leave the text empty.
         if a != b && !a.is_empty() && !b.is_empty() {

@@ -20,6 +20,7 @@ mod policies;
 mod report;
 mod results;
 mod retrofit;
+mod route;
 mod table;
 mod train_demo;
 
@@ -43,6 +44,8 @@ enum Command {
     Generate(generate::Args),
     /// Compare policies on a model: quality, memory, speed.
     Compare(compare::Args),
+    /// Answer requests, each under a policy by its key: an online A/B.
+    Route(route::Args),
     /// Print the table of one or more results.json as one.
     Table(join::Args),
     /// What fits a GPU, dense and compressed, and how fast it can be at best.
@@ -69,6 +72,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Policies(args) => policies::run(&args, &registry),
         Command::Generate(args) => generate::run(&args, &registry),
         Command::Compare(args) => compare::run(&args, &registry),
+        Command::Route(args) => route::run(&args, &registry),
         Command::Table(args) => join::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Report(args) => report::run(&args),

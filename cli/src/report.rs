@@ -4,6 +4,8 @@ mod chart;
 mod html;
 mod markdown;
 mod pictures;
+#[cfg(feature = "png")]
+mod png;
 
 use crate::{
     results::{RESULTS, read_report, read_samples, read_traces, write as write_file},
@@ -36,9 +38,12 @@ pub(crate) fn write(dir: &Path) -> Result<()> {
     );
     let findings =
         Findings::new(report, &read_samples(dir)?, read_traces(dir)?).with_context(|| dir.display().to_string())?;
-    write_file(dir, "report.html", &html::page(&findings))?;
-    write_file(dir, "report.md", &markdown::page(&findings))?;
-    findings.pictures.iter().try_for_each(|picture| write_file(dir, &picture.file(), &picture.chart.alone()))
+    write_file(dir, "report.html", html::page(&findings))?;
+    write_file(dir, "report.md", markdown::page(&findings))?;
+    findings.pictures.iter().try_for_each(|picture| write_file(dir, &picture.file(), picture.chart.alone()))?;
+    #[cfg(feature = "png")]
+    png::write(dir, &findings.pictures)?;
+    Ok(())
 }
 
 /// What the pages show.
@@ -69,10 +74,11 @@ impl Findings {
     /// Facts about the run.
     fn facts(&self) -> Vec<(&'static str, String)> {
         let report = &self.report;
+        let weights = if report.quantized { ", weights quantized" } else { "" };
         let mut facts = vec![
             ("command", command(&report.command)),
             ("model", format!("{} (SHA-256 {})", report.model, report.model_sha256)),
-            ("types", format!("{}, keys and values {}", report.dtype, report.kv_dtype)),
+            ("types", format!("{}{weights}, keys and values {}", report.dtype, report.kv_dtype)),
             ("seed", report.seed.to_string()),
             ("kvpolicy", report.version.clone()),
             ("device", report.host.device.clone()),

@@ -54,20 +54,20 @@ impl Results {
     }
 
     pub(crate) fn write(&self, report: &Report) -> Result<()> {
-        write(&self.dir, RESULTS, &serde_json::to_string_pretty(report)?)
+        write(&self.dir, RESULTS, serde_json::to_string_pretty(report)?)
     }
 
     pub(crate) fn write_traces(&self, traces: &[Trace]) -> Result<()> {
         let lines = traces.iter().map(|trace| Ok(serde_json::to_string(trace)? + "\n"));
-        write(&self.dir, TRACES, &lines.collect::<Result<String>>()?)
+        write(&self.dir, TRACES, lines.collect::<Result<String>>()?)
     }
 }
 
 /// A file of the folder.
-pub(crate) fn write(dir: &Path, name: &str, text: &str) -> Result<()> {
+pub(crate) fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> Result<()> {
     let (path, begun) = (dir.join(name), dir.join(format!("{name}.part")));
     // Whatever stops it, the file is whole: the old one or the new one.
-    let written = std::fs::write(&begun, text).and_then(|()| std::fs::rename(&begun, &path));
+    let written = std::fs::write(&begun, content).and_then(|()| std::fs::rename(&begun, &path));
     written.with_context(|| path.display().to_string())
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow};
 use comfy_table::{CellAlignment, Table, presets};
-use kvpolicy::compare::{Against, Metrics, Row, Task, wilson};
+use kvpolicy::compare::{Against, Measure, Metrics, Row, Task, wilson};
 use std::{fmt, path::Path};
 
 /// A file that must be UTF-8.
@@ -57,31 +57,35 @@ pub(crate) fn comparison(rows: &[Row], tasks: &[Task]) -> Figures {
     }
     let lines = named.into_iter().map(|(context, policy)| {
         let own: Vec<&Row> = rows.iter().filter(|r| r.context == context && r.policy == policy).collect();
-        let mut cells = vec![
-            context.to_string(),
-            policy.to_string(),
-            compression(&own),
-            bytes(own.iter().map(|row| row.kv.peak_bytes).max().unwrap_or(0) as f64),
-            bytes(own.iter().map(|row| row.kv.mean_bytes).sum::<f64>() / own.len() as f64),
-        ];
-        for task in tasks {
-            let row = own.iter().find(|r| r.task == task.to_string());
-            let mut figures = figures(*task, &row.map(|r| r.metrics.clone()).unwrap_or_default());
-            if let (Some(figure), Some(row)) = (figures.first_mut(), row) {
-                *figure += &marks(&row.against);
-            }
-            cells.extend(figures);
-        }
-        cells
+        [vec![context.to_string(), policy.to_string()], cells(&own, tasks)].concat()
     });
     let is_used = |mark: &str| rows.iter().any(|row| marks(&row.against).contains(mark));
-    let used = [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(mark, _)| is_used(mark));
-    let used: Vec<String> = used.map(|(mark, policy)| format!("`{mark}` differs from {policy}")).collect();
+    let used = MEASURES.into_iter().filter(|(mark, ..)| is_used(mark));
+    let used: Vec<String> = used.map(|(mark, _, policy)| format!("`{mark}` differs from {policy}")).collect();
     let marks = match used.is_empty() {
         true => String::new(),
         false => format!("{} (p < {SURE}, paired samples)", used.join(", ")),
     };
     Figures { header, lines: lines.collect(), marks }
+}
+
+/// What a policy held and scored at one context.
+fn cells(own: &[&Row], tasks: &[Task]) -> Vec<String> {
+    let mut cells = vec![
+        compression(own),
+        bytes(own.iter().map(|row| row.kv.peak_bytes).max().unwrap_or(0) as f64),
+        bytes(own.iter().map(|row| row.kv.mean_bytes).sum::<f64>() / own.len() as f64),
+    ];
+    for task in tasks {
+        let row = own.iter().find(|r| r.task == task.to_string());
+        let mut figures = figures(*task, &row.map(|r| r.metrics.clone()).unwrap_or_default());
+        // The last of `speed` is decode, which the difference is of; others have one figure.
+        if let (Some(figure), Some(row)) = (figures.last_mut(), row) {
+            *figure += &marks(&row.against);
+        }
+        cells.extend(figures);
+    }
+    cells
 }
 
 /// As a table of Markdown, which is also what the terminal shows.
@@ -99,16 +103,13 @@ impl fmt::Display for Figures {
 
 /// Differences that chance makes more rarely are marked.
 const SURE: f64 = 0.05;
-const FULL: &str = "*";
-const DMS: &str = "^";
+/// Marks of what figures are measured by.
+const MEASURES: [(&str, Measure, &str); 2] = [("*", Measure::Full, "full"), ("^", Measure::Dms, "dms")];
 
 /// Which of the policies that a figure is measured by it differs from.
 fn marks(against: &[Against]) -> String {
-    let differs = |name: &str| {
-        let is_named = |other: &&Against| other.policy.split([':', ' ']).next() == Some(name);
-        against.iter().filter(is_named).any(|other| other.p < SURE)
-    };
-    [(FULL, "full"), (DMS, "dms")].into_iter().filter(|(_, name)| differs(name)).map(|(mark, _)| mark).collect()
+    let differs = |measure| against.iter().any(|other| other.measure == Some(measure) && other.p < SURE);
+    MEASURES.into_iter().filter(|(_, measure, _)| differs(*measure)).map(|(mark, ..)| mark).collect()
 }
 
 /// What the tasks have in common, or from the least to the most where they differ: gates keep what a text is worth.
@@ -169,6 +170,22 @@ mod tests {
         assert_eq!(line(Task::TokenMatch, &Metrics::default()), "-");
         let parts = Metrics { score: Some(0.755), score_interval: Some([0.6, 0.85]), ..counted((2, 4)) };
         assert_eq!((score(&parts), score(&Metrics::default())), ("76% (60-85%)".into(), "-".into()));
+    }
+
+    #[test]
+    fn a_mark_says_what_a_figure_surely_differs_from() {
+        let other = |measure, p| Against {
+            policy: "a label of any kind".into(),
+            measure,
+            difference: 1.0,
+            interval: [0.5, 2.0],
+            p,
+            pairs: 9,
+        };
+        let (full, dms) = (Some(Measure::Full), Some(Measure::Dms));
+        assert_eq!(marks(&[other(full, 0.01), other(dms, 0.04)]), "*^");
+        assert_eq!(marks(&[other(full, 0.06), other(dms, 0.04), other(None, 0.0)]), "^");
+        assert_eq!(marks(&[]), "");
     }
 
     #[test]

@@ -6,7 +6,7 @@ mod tiny;
 
 use candle_core::quantized::GgmlDType;
 use kvpolicy::compare::{Report, Sample, Trace};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -97,6 +97,86 @@ fn compare_writes_a_row_for_each_policy_task_and_context() {
     assert_eq!(samples.len(), 2 * policies.len() * (tasks.len() - 2)); // the first three share theirs
     let needles: Vec<&Sample> = samples.iter().filter(|s| s.task == "needle").collect();
     assert!(needles.iter().all(|s| s.prompt.contains(s.expected.as_ref().unwrap()) && s.answer.is_some()));
+}
+
+/// Lines of `route` that have a field.
+fn lines_with(output: &str, field: &str) -> Vec<Value> {
+    let lines = output.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter(|line| line.get(field).is_some()).collect()
+}
+
+#[test]
+fn route_answers_each_line_under_the_arm_of_its_key() {
+    let bench = Bench::new();
+    let ask = |key: usize| json!({"key": format!("k{key}"), "prompt": "a b c d e f g h i j"}).to_string();
+    let mut lines: Vec<String> = (0..12).map(ask).collect();
+    lines.insert(6, json!({"roll_back": {"arm": "window:size=8", "reason": "to see"}}).to_string());
+    lines.extend([
+        json!({"key": "k0"}).to_string(),
+        "".into(),
+        json!({"key": "k0", "prompt": " "}).to_string(),
+        ask(0),
+    ]);
+    lines.push(json!({"key": "k0", "prompt": "long ".repeat(300)}).to_string());
+    lines.push(json!({"weight": {"arm": "tova", "to": 1}}).to_string());
+    std::fs::write(bench.path("r.jsonl"), lines.join("\n")).unwrap();
+    let arms = ["--policies", "full;window:size=8", "--shadow", "1", "--max-tokens", "12", "--requests", "r.jsonl"];
+    let run = |more: &[&str]| bench.run("route", &[&arms[..], more].concat());
+    let alone = run(&[]);
+    let (text, table) = (succeeded(&alone), String::from_utf8_lossy(&alone.stderr).into_owned());
+
+    let ends = lines_with(&text, "tokens");
+    let end = |line: u64| ends.iter().find(|end| end["line"] == line).unwrap();
+    assert_eq!(ends.len(), 13);
+    assert!(ends.iter().any(|end| end["arm"] == "window:size=8" && end["kl"].as_f64().unwrap() > 1e-6));
+    for end in ends.iter().filter(|end| end["arm"] == "full") {
+        assert_eq!(end["kl"], 0.0);
+    }
+    assert!((8..14).all(|line| end(line)["arm"] == "full"), "after the roll back");
+    let said = |line: u64| -> String {
+        let pieces = lines_with(&text, "text").into_iter().filter(|piece| piece["line"] == line);
+        pieces.map(|piece| piece["text"].as_str().unwrap().to_string()).collect()
+    };
+    assert!(!said(8).is_empty() && said(8) == said(9), "the same prompt under the same policy");
+    assert_eq!(lines_with(&text, "shares")[0]["shares"], json!({"full": 1.0, "window:size=8": 0.0}));
+    let errors = lines_with(&text, "error");
+    for (line, words) in [(14, "missing field `prompt`"), (16, "prompt is empty"), (18, "512"), (19, "`tova`")] {
+        let error = errors.iter().find(|error| error["line"] == line).unwrap();
+        assert!(error["error"].as_str().unwrap().contains(words), "{error}");
+    }
+    assert!(
+        table.contains("to see") && table.lines().any(|line| line.starts_with("| full") && line.contains("100.0%"))
+    );
+
+    let mut together = lines_with(&succeeded(&run(&["--parallel", "3"])), "tokens");
+    together.sort_by_key(|end| end["line"].as_u64());
+    assert_eq!(together, ends, "however many at a time");
+}
+
+#[test]
+fn route_rolls_back_and_falls_back_by_its_limits() {
+    let bench = Bench::new();
+    let line = |i: usize| json!({"key": i.to_string(), "prompt": "one two three four five"}).to_string() + "\n";
+    std::fs::write(bench.path("r.jsonl"), (0..10).map(line).collect::<String>()).unwrap();
+    let arms = ["--policies", "full;window:size=2", "--weights", "0,1", "--shadow", "1", "--requests", "r.jsonl"];
+    let limits = ["--limit-kl", "1e-6", "--window", "3", "--fallback-kl", "1e-6", "--fallback-tokens", "1"];
+    let text = succeeded(&bench.run("route", &[&arms[..], &limits, &["--max-tokens", "5"]].concat()));
+    let ends = lines_with(&text, "tokens");
+    let arms: Vec<&str> = ends.iter().map(|end| end["arm"].as_str().unwrap()).collect();
+    assert_eq!(arms, [&["window:size=2"; 3][..], &["full"; 7]].concat());
+    assert!(ends.iter().all(|end| end["fell_back_at"].is_u64() == (end["arm"] == "window:size=2")), "{ends:?}");
+    let told = lines_with(&text, "rolled_back");
+    assert!(told.len() == 1 && told[0]["rolled_back"].as_str().unwrap().contains("the last 3 requests"), "{told:?}");
+
+    let fails = |args: &[&str], words: &[&str]| bench.fails("route", args, words);
+    fails(&["--weights", "1,2,3"], &["weights", "3 for 2"]);
+    fails(&["--weights", "1,-1"], &["weight=-1"]);
+    fails(&["--shadow", "2"], &["shadow=2"]);
+    fails(&["--policies", "full;full"], &["named twice"]);
+    fails(&["--policies", "full;dms"], &["gates"]);
+    fails(&["--limit-kl", "0.1", "--window", "0"], &["window=0"]);
+    fails(&["--parallel", "0"], &["parallel=0"]);
+    fails(&["--requests", "nowhere.jsonl"], &["nowhere.jsonl"]);
 }
 
 #[test]
@@ -248,7 +328,10 @@ fn a_stopped_run_goes_on_to_the_same_files() {
     assert_eq!(traces.iter().map(|trace| trace.policy.as_str()).collect::<Vec<_>>(), ["full", "h2o @4x", "dms"]);
     for trace in &traces {
         let (heads, last) = (trace.live.iter().map(Vec::len).sum::<usize>(), trace.held.last().unwrap());
-        assert!(trace.seen.is_sorted() && trace.seen.last() == Some(&512) && trace.pieces.len() == 512);
+        assert!(trace.seen.is_sorted() && trace.seen.last() == Some(&trace.pieces.len()) && trace.context == 512);
+        let text = trace.pieces.concat();
+        assert!(text.len() > 400 && text.contains("code ") && text.ends_with('\n'), "a page with its answers: {text}");
+        assert!(text[trace.prompt..].starts_with("\ncode "), "the questions come token by token");
         assert_eq!(last.iter().sum::<usize>(), trace.live.iter().flatten().sum::<usize>());
         assert_eq!(last.iter().all(|held| *held == heads), trace.policy == "full");
         // What is gone does not come back.
@@ -293,6 +376,39 @@ fn a_stopped_run_goes_on_to_the_same_files() {
     std::fs::write(dir.path().join("a/results.json"), old).unwrap();
     refused(&["--out", "a", "--resume"], &["version was `0.0.", "policies was", "h2o:budgie"]);
     assert!(files("a").1 == samples, "what is refused leaves the samples alone");
+}
+
+#[test]
+fn a_run_is_resumed_with_the_same_weights_tokenizer_and_gates_only() {
+    let bench = Bench::new();
+    tiny().write_gates(&bench.path("gates"));
+    let args = ["--policies", "full;dms:weights=gates/gates.safetensors", "--tasks", "chain", "--context", "128"];
+    let compare =
+        |more: &[&str]| bench.run("compare", &[&args[..], &["--samples", "1", "--out", "out"], more].concat());
+    succeeded(&compare(&[]));
+    let report = read(&bench.path("out/results.json"));
+    assert!(report.quantized && report.tokenizer_sha256.len() == 64 && report.gates.len() == 1);
+    succeeded(&compare(&["--resume"]));
+    let refused = |more: &[&str], words: &[&str]| {
+        let error = String::from_utf8_lossy(&compare(&[&["--resume"], more].concat()).stderr).into_owned();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    refused(&["--dequantize"], &["out is of another plan", "quantized was `true` and is `false`"]);
+
+    let file = bench.path("gates/gates.safetensors");
+    let mut gates = std::fs::read(&file).unwrap();
+    let last = gates.len() - 1;
+    gates[last] ^= 1; // a little of one weight
+    std::fs::write(&file, &gates).unwrap();
+    refused(&[], &["gates was `dms:", "and is `dms:"]);
+    gates[last] ^= 1;
+    std::fs::write(&file, &gates).unwrap();
+    succeeded(&compare(&["--resume"]));
+
+    let written = std::fs::read_to_string(bench.path("out/results.json")).unwrap();
+    let other = written.replace(&report.tokenizer_sha256, &"0".repeat(64));
+    std::fs::write(bench.path("out/results.json"), other).unwrap();
+    refused(&[], &["tokenizer_sha256 was `000", &report.tokenizer_sha256]);
 }
 
 #[test]
@@ -437,6 +553,10 @@ fn plan_reads_whatever_says_the_shape_of_a_model() {
     // 2 layers of 2 heads of 16, keys and values, 2 bytes.
     assert!(from_file.contains("256 B of keys and values a token") && from_file.contains("8x |"), "{from_file}");
     assert_eq!(from_file.replace("model/config.json:", "model:"), succeeded(&plan("model", &[])));
+    // 2 layers of 36,864 and an embedding of 300 rows: 92,928 parameters, whatever the files weigh.
+    std::fs::write(bench.path("model/model.safetensors"), [0; 1000]).unwrap();
+    assert!(succeeded(&plan("model", &[])).contains("181.5 KiB of weights"));
+    assert!(succeeded(&plan("model", &["--dtype", "f32"])).contains("363.0 KiB of weights"));
     assert!(succeeded(&plan("m.gguf", &["--kv-dtype", "f32"])).contains("of keys and values a token"));
     let preset = succeeded(&plan("llama-3.1-8b", &["--compression", "4", "--price-per-hour", "2.5"]));
     assert!(preset.contains("128.0 KiB of keys") && preset.contains("4x |"), "{preset}");
@@ -570,7 +690,7 @@ fn bad_input_is_refused_with_its_reason() {
     compare(&["--tasks", "recall,needle"], &["needle", "--text"]);
     compare(&["--tasks", "chain", "--context", "100"], &["context=100"]);
     compare(&["--tasks", "chain", "--policies", "full", "--context", "200,200"], &["context=200 is there twice"]);
-    compare(&["--tasks", "chain", "--policies", "full", "--context", "256", "--text", "short.txt"], &["too short"]);
+    compare(&["--tasks", "speed", "--policies", "full", "--context", "256", "--text", "short.txt"], &["too short"]);
     compare(&["--tasks", "word-key", "--context", "128"], &["context=128", "no room for lines"]);
     compare(&["--text", "t.txt", "--context", "100000"], &["100000", "512", "--allow-long"]);
     compare(&["--text", "t.txt", "--context", "0"], &["context=0"]);

@@ -4,9 +4,10 @@ pub mod answer;
 pub mod program;
 mod read;
 
-use super::{Excerpts, Log, Sample, Task, argmax, retrieval::generate};
+use super::{Excerpts, Log, Sample, Task, retrieval::generate};
 use crate::{
     error::{Error, Result},
+    logits::argmax,
     params::Param,
     spec::keyword_param,
 };
@@ -116,6 +117,14 @@ impl Key {
         })
     }
 
+    /// As answers are judged by it: unpacked once for all of them.
+    fn unpacked(&self) -> Result<Self> {
+        Ok(match self {
+            Self::Program(tests) => Self::Program(tests.unpacked()?),
+            key => key.clone(),
+        })
+    }
+
     /// For people to read; nothing for programs.
     fn text(&self) -> Option<String> {
         match self {
@@ -217,24 +226,30 @@ pub(super) fn prompts(texts: &Excerpts, exam: &Exam) -> Result<Vec<Vec<u32>>> {
     prompts.collect()
 }
 
-pub(super) fn run(texts: &Excerpts, benchmark: Benchmark, log: &mut Log) -> Result<()> {
+/// `prompts`: of the exam's questions.
+pub(super) fn run(texts: &Excerpts, benchmark: Benchmark, prompts: &[Vec<u32>], log: &mut Log) -> Result<()> {
     let (exam, task) = (exam(texts, benchmark)?, Task::Exam(benchmark));
     let Sampling { repeats, temperature, .. } = texts.plan.sampling;
-    for (sample, (question, prompt)) in exam.questions.iter().zip(prompts(texts, exam)?).enumerate() {
-        for repeat in 0..repeats {
-            for contender in log.lacking(texts, task, sample, repeat) {
+    for (sample, (question, prompt)) in exam.questions.iter().zip(prompts).enumerate() {
+        let lacking: Vec<_> = (0..repeats).map(|repeat| log.lacking(texts, task, sample, repeat)).collect();
+        if lacking.iter().all(Vec::is_empty) {
+            continue;
+        }
+        let key = question.key.unpacked()?;
+        for (repeat, contenders) in lacking.into_iter().enumerate() {
+            for contender in contenders {
                 log.unit(texts, task, contender);
                 let mut sequence = texts.subject.open(&contender.policy)?;
                 // The same numbers for every contender.
                 let mut rng = StdRng::seed_from_u64(texts.rng(sample).random::<u64>().wrapping_add(repeat as u64));
                 let pick = |logits: &[f32]| draw(logits, temperature, &mut rng);
                 let most = texts.context() - prompt.len();
-                let answer = generate(texts, &mut *sequence, &prompt, most, pick, |_| Ok(false))?;
+                let answer = generate(texts, &mut *sequence, prompt, most, pick, |_| Ok(false))?;
                 let text = texts.subject.decode(&answer)?;
                 log.add(Sample {
                     prompt: question.prompt.clone(),
-                    expected: question.key.text(),
-                    correct: Some(question.key.accepts(&text)?),
+                    expected: key.text(),
+                    correct: Some(key.accepts(&text)?),
                     answer: Some(text),
                     generated: Some(answer.len()),
                     repeat,

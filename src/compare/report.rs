@@ -25,6 +25,15 @@ pub struct Report {
     pub model_sha256: String,
     /// Type of its activations.
     pub dtype: String,
+    /// Whether its matrices are quantized.
+    #[serde(default)]
+    pub quantized: bool,
+    /// SHA-256 of its tokenizer and chat template.
+    #[serde(default)]
+    pub tokenizer_sha256: String,
+    /// SHA-256 of the gates of each policy that has any, by the policy with every parameter.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gates: BTreeMap<String, String>,
     /// Type of stored keys and values.
     pub kv_dtype: String,
     /// SHA-256 of the text; empty without one.
@@ -85,6 +94,9 @@ impl Report {
                 ("version", report.version.clone()),
                 ("model_sha256", report.model_sha256.clone()),
                 ("dtype", report.dtype.clone()),
+                ("quantized", report.quantized.to_string()),
+                ("tokenizer_sha256", report.tokenizer_sha256.clone()),
+                ("gates", gates(report)),
                 ("kv_dtype", report.kv_dtype.clone()),
                 ("text_sha256", report.text_sha256.clone()),
                 ("seed", report.seed.to_string()),
@@ -113,6 +125,10 @@ impl Report {
 fn exams(report: &Report) -> String {
     let asked = |(name, Asked { sha256, questions }): (&String, &Asked)| format!("{questions} of {name} {sha256}");
     report.exams.iter().map(asked).collect::<Vec<_>>().join(";")
+}
+
+fn gates(report: &Report) -> String {
+    report.gates.iter().map(|(policy, sha256)| format!("{policy} {sha256}")).collect::<Vec<_>>().join(";")
 }
 
 /// What is named anywhere in the contests, once each.

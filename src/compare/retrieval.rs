@@ -1,11 +1,12 @@
 //! Questions about what was read once: the frame of every [`Ask`].
 
 use super::{
-    Ask, Contender, Excerpts, Log, Sample, Sequence, Setting, Task, argmax, common_words, needle, needles, state,
+    Ask, Contender, Excerpts, Log, Sample, Sequence, Setting, Task, common_words, needle, needles, state,
     variable_tracking, word_key,
 };
 use crate::{
     error::{Error, Result},
+    logits::argmax,
     stats::Stats,
 };
 use std::ops::RangeInclusive;
@@ -69,10 +70,13 @@ impl Prompt {
     pub(super) fn new(texts: &Excerpts, text: String, question: &str, expected: Expected, most: usize) -> Result<Self> {
         let at = text.rfind(question);
         let at = at.ok_or_else(|| Error::Config("the chat template drops the user's message".into()))?;
-        // One encoding, so that nothing a tokenizer does at the start of a text happens in the middle of the prompt.
-        let (all, front) = (texts.subject.encode(&text)?, texts.subject.encode(&text[..at])?);
-        let split = all.iter().zip(&front).take_while(|(a, b)| a == b).count();
-        Ok(Self { context: all[..split].to_vec(), question: all[split..].to_vec(), text, expected, most })
+        let [context, question] = texts.parted(&text, at)?;
+        Ok(Self { context, question, text, expected, most })
+    }
+
+    /// What is read before the question, and the question.
+    pub(super) fn into_parts(self) -> [Vec<u32>; 2] {
+        [self.context, self.question]
     }
 }
 

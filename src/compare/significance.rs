@@ -5,6 +5,7 @@
 //! test (Fisher's; see Noreen, *Computer Intensive Methods for Testing Hypotheses*, 1989), which holds for few samples as well:
 //! of `n` pairs it is never below `2^(1-n)`.
 
+use crate::{params::Args, policy::Policy};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
 
@@ -13,8 +14,11 @@ use serde::{Deserialize, Serialize};
 pub struct Against {
     /// The other policy's label.
     pub policy: String,
+    /// What it is; `None` in files that do not say it yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measure: Option<Measure>,
     /// The policy's figure less the other's: of `ppl` the mean negative log-likelihood, of `kl` the divergence, nats per token;
-    /// of questions the share that was answered right.
+    /// of questions the share that was answered right, of `speed` tokens of decode per second.
     pub difference: f64,
     /// 95% interval of the difference.
     pub interval: [f64; 2],
@@ -22,6 +26,27 @@ pub struct Against {
     pub p: f64,
     /// Samples behind it.
     pub pairs: usize,
+}
+
+/// Policies that the others are measured by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Measure {
+    /// Dense attention.
+    Full,
+    /// What the model has learned to keep.
+    Dms,
+}
+
+impl Measure {
+    /// The one that a policy is; `None` for another, a wrapper around one of them included.
+    pub fn of(policy: &dyn Policy) -> Option<Self> {
+        match Args::split(&policy.to_string()).name() {
+            "full" => Some(Self::Full),
+            "dms" => Some(Self::Dms),
+            _ => None,
+        }
+    }
 }
 
 /// What two policies made of one sample.

@@ -1,7 +1,7 @@
 //! Tokens per second.
 
-use super::{Contender, Excerpts, HostError, Log, Sample, Task, argmax, summary::median};
-use crate::error::Result;
+use super::{Contender, Excerpts, HostError, Log, Sample, Task, summary::median};
+use crate::{error::Result, logits::argmax};
 use std::time::Instant;
 
 /// Tokens generated for a timing.

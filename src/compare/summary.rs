@@ -3,7 +3,7 @@
 use super::{
     Contender, Contest, Metrics, Plan, Row, Sample, Task,
     report::wilson_of_share,
-    significance::{Against, Pair, paired},
+    significance::{Against, Measure, Pair, paired},
 };
 use crate::stats::Stats;
 use std::collections::BTreeMap;
@@ -23,18 +23,16 @@ fn contest_rows(plan: &Plan, contest: &Contest, samples: &[Sample]) -> Vec<Row> 
     for contender in &contest.contenders {
         for &task in &contest.tasks {
             let own = cell(contender, task);
-            let others = contest.contenders.iter().filter(|other| is_measure(other) && other.label != contender.label);
-            let against = others.filter_map(|other| against(task, &own, &cell(other, task), other, plan.seed));
-            rows.push(row(contender, contest, task, &own, against.collect()));
+            let others = contest.contenders.iter().filter(|other| other.label != contender.label);
+            let measures = others.filter_map(|other| Some((other, Measure::of(&*other.policy)?)));
+            let differences = measures.filter_map(|(other, measure)| {
+                let (difference, interval, p, pairs) = difference(task, &own, &cell(other, task), plan.seed)?;
+                Some(Against { policy: other.label.clone(), measure: Some(measure), difference, interval, p, pairs })
+            });
+            rows.push(row(contender, contest, task, &own, differences.collect()));
         }
     }
     rows
-}
-
-/// Policies that the others are measured by.
-fn is_measure(contender: &Contender) -> bool {
-    let text = contender.policy.to_string();
-    ["full", "dms"].contains(&text.split(':').next().unwrap_or_default())
 }
 
 fn row(contender: &Contender, contest: &Contest, task: Task, own: &[&Sample], against: Vec<Against>) -> Row {
@@ -82,15 +80,16 @@ fn metrics(task: Task, own: &[&Sample]) -> Metrics {
     }
 }
 
-/// What two policies made of the same samples; `None` for a task without a figure of quality.
-fn against(task: Task, own: &[&Sample], its: &[&Sample], other: &Contender, seed: u64) -> Option<Against> {
+/// How the figures of two policies at the same samples differ, the interval of that, its p-value and how many pairs there are;
+/// `None` of fewer than two.
+fn difference(task: Task, own: &[&Sample], its: &[&Sample], seed: u64) -> Option<(f64, [f64; 2], f64, usize)> {
     let (own, its) = (by_sample(task, own), by_sample(task, its));
     let pairs: Vec<Pair> = own
         .iter()
         .filter_map(|(sample, &(a, count))| its.get(sample).map(|&(b, _)| Pair { a, b, count: count as f64 }))
         .collect();
     let (difference, interval, p) = paired(&pairs, seed)?;
-    Some(Against { policy: other.label.clone(), difference, interval, p, pairs: pairs.len() })
+    Some((difference, interval, p, pairs.len()))
 }
 
 /// The sum of the scores of each sample, and how many it has.
@@ -101,7 +100,7 @@ fn by_sample(task: Task, own: &[&Sample]) -> BTreeMap<usize, (f64, usize)> {
             Task::Ppl => sample.nll,
             Task::Kl => sample.kl,
             Task::TokenMatch => sample.token_match,
-            Task::Speed => None,
+            Task::Speed => sample.decode_tokens_per_s,
             _ => score(sample),
         };
         let (sum, count) = sums.entry(sample.sample).or_default();
@@ -229,15 +228,26 @@ mod tests {
     }
 
     #[test]
-    fn speed_is_a_median_and_has_no_difference() {
+    fn speed_is_a_median_and_differs_by_pairs() {
         let plan = plan(Task::Speed);
         let timed = |policy, at, rate| {
             sample(&plan, policy, at, Sample { decode_tokens_per_s: Some(rate), ..Sample::default() })
         };
-        let samples = [timed(0, 0, 5.0), timed(0, 1, 1.0), timed(0, 2, 9.0), timed(1, 0, 5.0), timed(1, 1, 1.0)];
+        let samples = [
+            timed(0, 0, 5.0),
+            timed(0, 1, 1.0),
+            timed(0, 2, 9.0),
+            timed(1, 0, 7.0),
+            timed(1, 1, 3.0),
+            timed(1, 2, 11.0),
+        ];
         let rows = rows(&plan, &samples);
         assert_eq!(rows[0].metrics.decode_tokens_per_s, Some(5.0));
-        assert!(rows[1].against.is_empty() && rows[1].metrics.decode_tokens_per_s == Some(3.0));
+        assert_eq!(rows[1].metrics.decode_tokens_per_s, Some(7.0));
+        // Tokens per second vary more between texts than between policies: pairs see that each is faster by 2.
+        let Against { difference, interval, p, pairs, .. } = rows[1].against[0];
+        assert_eq!((difference, interval, p, pairs), (2.0, [2.0, 2.0], 0.25, 3));
+        assert_eq!(rows[1].against[0].measure, Some(Measure::Full));
         assert_eq!(median(vec![]), None);
     }
 }

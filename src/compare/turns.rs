@@ -69,18 +69,17 @@ impl Asked {
         let room = room / problem.turns.len();
         let (mut context, mut turns, mut said) = (encode(&problem.context)?, vec![], problem.context.clone());
         for (i, turn) in problem.turns.iter().enumerate() {
-            // One encoding from the start, so that nothing a tokenizer does there happens in the middle.
             let text = format!("{}{}", if i == 0 { "" } else { "\n" }, turn.question);
             let expected = turn.answer.trim_end_matches('\n').to_string();
-            let (front, all) = (encode(&said)?, encode(&format!("{said}{text}"))?);
-            let split = all.iter().zip(&front).take_while(|(a, b)| a == b).count();
+            let [front, tokens] = texts.parted(&format!("{said}{text}"), said.len())?;
+            let before_answer = front.len() + tokens.len();
             if i == 0 {
-                context = all[..split].to_vec();
+                context = front;
             }
             said = format!("{said}{text}{expected}");
-            let answer = encode(&format!("{said}\n"))?.len().saturating_sub(all.len());
+            let answer = encode(&format!("{said}\n"))?.len().saturating_sub(before_answer);
             let more = if task == Task::Chain { answer * 3 / 10 } else { MORE };
-            turns.push(Ask { tokens: all[split..].to_vec(), text, expected, most: answer + more.min(room) });
+            turns.push(Ask { tokens, text, expected, most: answer + more.min(room) });
         }
         Ok(Self { task, text: problem.context, context, turns })
     }
@@ -108,6 +107,12 @@ impl Asked {
 
 /// Tokens of an answer to `recall` beyond those of a right one.
 const MORE: usize = 8;
+
+/// The first sample as it is answered right: what is read before the first question, and the rest.
+pub(super) fn example(texts: &Excerpts, task: Task) -> Result<[Vec<u32>; 2]> {
+    let problem = fitting(texts, task, 0)?;
+    texts.parted(&problem.text(), problem.context.len())
+}
 
 /// The last problem of those tried that fills the context.
 fn fitting(texts: &Excerpts, task: Task, sample: usize) -> Result<Problem> {

@@ -116,6 +116,12 @@ impl ChatTemplate {
         Self::new(&source, &text("bos_token"), &text("eos_token")).map(Some)
     }
 
+    /// All that decides what it renders, for a hash.
+    pub(crate) fn text(&self) -> String {
+        let source = self.environment.get_template(NAME).map(|template| template.source().to_string());
+        [source.unwrap_or_default().as_str(), &self.bos, &self.eos].join("\0")
+    }
+
     /// The template that a GGUF file carries (`tokenizer.chat_template`), `None` where it has none.
     ///
     /// # Errors

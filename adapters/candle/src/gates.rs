@@ -12,12 +12,14 @@ use crate::{
     config::Config,
     error::{Error, Result},
     folder::{Blob, Folder},
+    loader::hexadecimal,
     ops::{self, GateWeights},
     weights::Weights,
 };
 use candle_core::{DType, Device, Tensor};
 use kvpolicy::{GateSpec, Lag, PerGate, retrofit::Named};
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 use std::path::Path;
 
 /// Gates of all layers of a model.
@@ -97,6 +99,22 @@ impl Gates {
     /// What a cache must know of them.
     pub fn spec(&self) -> GateSpec {
         self.spec
+    }
+
+    /// SHA-256 of all that decides what they say, tensors as they were loaded; hexadecimal.
+    ///
+    /// # Errors
+    /// Those of the tensor library.
+    pub fn sha256(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        let after_rope = matches!(self.source, Source::Borrowed { zero_after_rope: true, .. });
+        hash.update(format!("{:?} {} {} {after_rope}", self.spec, self.scale, self.offset));
+        for (name, tensor) in self.tensors() {
+            hash.update(name);
+            let numbers: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+            numbers.iter().for_each(|number| hash.update(number.to_le_bytes()));
+        }
+        Ok(hexadecimal(hash))
     }
 
     /// Whether the decisions are a neuron of the queries, which attention may not read then: such a model needs its gates

@@ -227,8 +227,19 @@ impl Lm {
         }
         let mut hash = Sha256::new();
         self.origin.weights()?.iter().try_for_each(|file| file.digest(&mut hash))?;
-        let text: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(self.sha256.get_or_init(|| text).clone())
+        Ok(self.sha256.get_or_init(|| hexadecimal(hash)).clone())
+    }
+
+    /// SHA-256 of what makes tokens of text: the tokenizer, its ends of a text and the chat template; hexadecimal.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] for one that cannot be written down.
+    pub fn tokenizer_sha256(&self) -> Result<String> {
+        let template = self.template.as_ref().map(ChatTemplate::text);
+        let mut hash = Sha256::new();
+        hash.update(self.tokenizer.to_json()?);
+        hash.update(format!("{:?}{template:?}", self.tokenizer.eos()));
+        Ok(hexadecimal(hash))
     }
 
     /// The gates a policy asks for: a file's or those of a name that the program brings; else the checkpoint's own, or the
@@ -317,6 +328,10 @@ pub(crate) fn gguf_config(weights: &mut GgufFile) -> Result<Config> {
     let factors = if weights.has("rope_freqs.weight") { Some(weights.tensor("rope_freqs.weight")?) } else { None };
     let factors = factors.map(|factors| factors.flatten_all()?.to_vec1()).transpose()?;
     Config::from_gguf(weights.metadata(), |name| weights.has(name), factors)
+}
+
+pub(crate) fn hexadecimal(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(crate) fn locate(source: &str) -> Result<PathBuf> {

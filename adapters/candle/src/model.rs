@@ -75,6 +75,11 @@ impl Model {
         &self.config
     }
 
+    /// Whether its matrices are quantized.
+    pub fn is_quantized(&self) -> bool {
+        self.blocks.iter().any(|block| matches!(block.qkv, Matrix::Quantized(_)))
+    }
+
     /// Where its weights are.
     pub fn device(&self) -> &Device {
         self.embedding.device()

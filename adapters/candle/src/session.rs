@@ -113,9 +113,19 @@ impl<'a> Session<'a> {
         }))
     }
 
+    /// On the CPU a step runs inside rayon's pool: from outside, each of its many small operations would be handed over to
+    /// the pool and waited for.
+    fn step(&mut self, tokens: &[u32], phase: Phase) -> Result<Tensor> {
+        if self.model.device().is_cpu() {
+            rayon::scope(|_| self.forward(tokens, phase))
+        } else {
+            self.forward(tokens, phase)
+        }
+    }
+
     /// Waits for the device at the end of each step, as whoever reads the logits does: the sequence did not fail, and
     /// figures are of this step.
-    fn step(&mut self, tokens: &[u32], phase: Phase) -> Result<Tensor> {
+    fn forward(&mut self, tokens: &[u32], phase: Phase) -> Result<Tensor> {
         let step = self.cache.begin(&[(self.seq, tokens.len(), phase)])?;
         let logits = self.model.forward(tokens, &step, &mut self.cache, self.gates.as_deref());
         let (logits, lost) = match logits.and_then(|logits| Ok((logits, self.cache.wait()?))) {

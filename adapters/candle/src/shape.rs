@@ -9,12 +9,12 @@ use crate::{
 use candle_core::Device;
 use std::path::Path;
 
-/// A model's configuration, and the size of its weights where they are at hand.
+/// A model's configuration, and the size of its weights where that is settled.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shape {
     /// The configuration.
     pub config: Config,
-    /// Bytes of a GGUF file, or of the safetensors of a folder.
+    /// Bytes of a GGUF file, whose weights stay as they are; `None` for others, which are loaded in any type.
     pub weight_bytes: Option<u64>,
 }
 
@@ -44,8 +44,7 @@ impl Shape {
         }
         let path = locate(source)?;
         if path.is_dir() {
-            let weight_bytes = safetensors_bytes(&path)?;
-            return Ok(Self { weight_bytes, ..Self::of_json(&path.join("config.json"))? });
+            return Self::of_json(&path.join("config.json"));
         }
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
             return Self::of_json(&path);
@@ -59,17 +58,4 @@ impl Shape {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
         Ok(Self { config: Config::from_json(&text)?, weight_bytes: None })
     }
-}
-
-/// `None` for a folder without weights.
-fn safetensors_bytes(dir: &Path) -> Result<Option<u64>> {
-    let mut sum = 0;
-    for entry in std::fs::read_dir(dir).map_err(|e| Error::file(dir, e))? {
-        let entry = entry.map_err(|e| Error::file(dir, e))?;
-        let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
-            sum += std::fs::metadata(&path).map_err(|e| Error::file(&path, e))?.len();
-        }
-    }
-    Ok((sum > 0).then_some(sum))
 }

@@ -35,6 +35,24 @@ fn the_embedded_model_has_gates_and_room() {
     assert_eq!(config.eos, [256]);
 }
 
+#[test]
+fn the_hash_of_a_tokenizer_is_of_its_template_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(demo.join(name), dir.path().join(name)).unwrap();
+    }
+    let hash = || Lm::load(dir.path().to_str().unwrap(), &LoadOptions::default()).unwrap().tokenizer_sha256().unwrap();
+    let first = hash();
+    assert_eq!((&first, first.len()), (&embedded().tokenizer_sha256().unwrap(), 64));
+    std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    let with_template = hash();
+    let tokenizer = std::fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.replace("<|end|>", "<|stop|>")).unwrap();
+    let renamed = hash();
+    assert!(first != with_template && with_template != renamed && renamed != first);
+}
+
 /// What is published with the crate.
 #[test]
 fn the_embedded_files_are_small() {

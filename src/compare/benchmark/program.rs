@@ -222,10 +222,25 @@ pub struct Case {
 }
 
 impl Tests {
-    /// Whether the code in an answer passes.
+    /// The same without anything packed: for whoever has several answers to them.
     ///
     /// # Errors
     /// Those of [`python`], and [`Error::Config`] for cases that cannot be read.
+    pub fn unpacked(&self) -> Result<Self> {
+        let mut tests = self.clone();
+        if let Self::Cases { cases, packed, .. } = &mut tests
+            && !packed.is_empty()
+        {
+            cases.extend(unpack(packed)?);
+            packed.clear();
+        }
+        Ok(tests)
+    }
+
+    /// Whether the code in an answer passes.
+    ///
+    /// # Errors
+    /// As [`Tests::unpacked`].
     pub fn pass(&self, answer: &str, limits: Limits) -> Result<bool> {
         match self {
             Self::Around { before, entry, behind } => {
@@ -239,10 +254,10 @@ impl Tests {
                 };
                 checks(sources, None, limits)
             }
-            Self::Cases { function, cases, packed } => {
+            Self::Cases { packed, .. } if !packed.is_empty() => self.unpacked()?.pass(answer, limits),
+            Self::Cases { function, cases, .. } => {
                 let code = code(answer, None);
-                let hidden = if packed.is_empty() { vec![] } else { unpack(packed)? };
-                for case in cases.iter().chain(&hidden) {
+                for case in cases {
                     if !passes(code, function.as_deref(), case, limits)? {
                         return Ok(false);
                     }
@@ -531,6 +546,11 @@ mod tests {
         let whole = Tests::Cases { function: None, cases: vec![case("1\n", "2"), case("3\n", "6\n")], packed };
         assert!(whole.pass("```python\nprint(2 * int(input()))\n```", SHORT).unwrap());
         assert!(!whole.pass("```python\nprint({1: 2, 3: 6}.get(int(input())))\n```", SHORT).unwrap(), "the packed one");
+        let unpacked = whole.unpacked().unwrap();
+        assert!(
+            matches!(&unpacked, Tests::Cases { cases, packed, .. } if cases[2] == case("4\n", "8") && packed.is_empty())
+        );
+        assert_eq!(unpacked.unpacked().unwrap(), unpacked);
         let function = Some("total".to_string());
         let call = Tests::Cases { function, cases: vec![case("[1, 2]\n3", "6")], packed: String::new() };
         assert!(
