@@ -229,14 +229,10 @@ fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
         model: hosted.lm.name().to_string(),
         model_sha256: hosted.lm.sha256()?,
         dtype: hosted.lm.dtype().as_str().to_string(),
-<<<<<<< HEAD
-        kv_dtype: kv_name(hosted.options.kv_dtype(hosted.lm.model())).to_string(),
-=======
         quantized: hosted.lm.model().is_quantized(),
         tokenizer_sha256: hosted.lm.tokenizer_sha256()?,
         gates: gates(hosted, plan)?,
-        kv_dtype: hosted.options.kv_dtype(hosted.lm.model()).as_str().to_string(),
->>>>>>> 76e00f688c7493dcbf3eb22991c9889b6d61ab94
+        kv_dtype: kv_name(hosted.options.kv_dtype(hosted.lm.model())).to_string(),
         text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
         samples: plan.samples,

@@ -47,6 +47,14 @@ impl KvType {
     }
 }
 
+impl KvType {
+    /// Bytes of an entry's key and value of `head_dim` components on a GPU, their factors included.
+    pub(crate) fn entry_bytes(self, head_dim: usize) -> usize {
+        let size = self.dtype().size_in_bytes();
+        2 * head_dim * size + if size == 1 { 2 } else { 0 }
+    }
+}
+
 /// As `--kv-dtype` names it.
 pub(crate) fn kv_name(dtype: DType) -> &'static str {
     match dtype {

@@ -1,7 +1,7 @@
 //! `kvpolicy plan`: what fits a GPU and how fast it can be at best, before anything is bought or run.
 
 use crate::{
-    model::{Float, bytes},
+    model::{Float, KvType, bytes},
     table,
 };
 use anyhow::{Result, ensure};
@@ -27,7 +27,7 @@ pub(crate) struct Args {
     dtype: Float,
     /// Type of stored keys and values.
     #[arg(long, value_enum, default_value = "bf16")]
-    kv_dtype: Float,
+    kv_dtype: KvType,
     /// Memory bandwidth of the GPU, bytes per second [default: that of an H100 SXM].
     #[arg(long, value_parser = bytes, default_value = "3350GB")]
     bandwidth: u64,
@@ -52,8 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(args.compression.is_finite() && args.compression >= 1.0, "compression={}: 1 or more", args.compression);
     ensure!(args.bandwidth > 0 && args.tflops > 0.0, "bandwidth and tflops must be more than 0");
     let shape = Shape::of(&args.model)?;
-    let model =
-        Model::new(&shape, args.dtype.dtype().size_in_bytes() as u64, args.kv_dtype.dtype().size_in_bytes() as u64);
+    let model = Model::new(&shape, args.dtype.dtype().size_in_bytes() as u64, args.kv_dtype);
     let gpu = Gpu { memory: args.gpu_memory, bandwidth: args.bandwidth as f64, flops: args.tflops * 1e12 };
     ensure!(
         model.weights < gpu.memory,
@@ -80,14 +79,14 @@ struct Model {
     q_heads: u64,
     kv_heads: u64,
     head_dim: u64,
-    kv_size: u64,    // bytes of a component
+    kv_bytes: u64,   // of an entry's key and value, on a GPU
     weights: u64,    // bytes
     read: u64,       // of them, bytes that every step reads: all but an embedding of its own
     multiplied: u64, // parameters that a token is multiplied with
 }
 
 impl Model {
-    fn new(shape: &Shape, weight_size: u64, kv_size: u64) -> Self {
+    fn new(shape: &Shape, weight_size: u64, kv: KvType) -> Self {
         let Config { layers, q_heads, kv_heads, head_dim, vocab, hidden, tied, .. } = shape.config;
         let parameters = shape.config.parameters() as u64;
         let embedding = if tied { 0 } else { (vocab * hidden) as u64 };
@@ -98,7 +97,7 @@ impl Model {
             q_heads: q_heads as u64,
             kv_heads: kv_heads as u64,
             head_dim: head_dim as u64,
-            kv_size,
+            kv_bytes: kv.entry_bytes(head_dim) as u64,
             weights,
             read: (weights as f64 * multiplied as f64 / parameters as f64) as u64,
             multiplied,
@@ -107,13 +106,13 @@ impl Model {
 
     /// Keys and values of one token.
     fn token_bytes(&self) -> u64 {
-        self.layers * self.kv_heads * 2 * self.head_dim * self.kv_size
+        self.layers * self.kv_heads * self.kv_bytes
     }
 
     /// Of pages that hold so many entries in every KV head.
     fn pool_bytes(&self, entries: u64, page: Page) -> u64 {
         let pages = self.layers * self.kv_heads * entries.div_ceil(page.entries);
-        pages * page.entries * (2 * self.head_dim * self.kv_size + page.beside)
+        pages * page.entries * (self.kv_bytes + page.beside)
     }
 
     /// Operations of a token that looks at so many entries in every head.
@@ -228,7 +227,7 @@ mod tests {
     use kvpolicy_candle::{Lm, LoadOptions, SessionOptions};
 
     fn preset(name: &str) -> Model {
-        Model::new(&Shape::of(name).unwrap(), 2, 2)
+        Model::new(&Shape::of(name).unwrap(), 2, KvType::Bf16)
     }
 
     /// Of the pool in main memory, where it can be measured.
@@ -238,7 +237,7 @@ mod tests {
     fn bytes_are_those_of_the_measured_pool() {
         let lm = Lm::embedded(&LoadOptions::default()).unwrap();
         let shape = Shape { config: lm.model().config().clone(), weight_bytes: None };
-        let model = Model::new(&shape, 4, 4);
+        let model = Model::new(&shape, 4, KvType::F32);
         for (tokens, policy, held) in
             [(1, "full", 1), (200, "full", 200), (208, "full", 208), (300, "window:size=36,sinks=4", 40)]
         {
