@@ -9,8 +9,12 @@ use kvpolicy::{
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
+use tracing::{Event, Metadata, Subscriber, field, span};
 
 const WINDOW: &str = "window:size=4";
 
@@ -291,6 +295,61 @@ fn facades_hear_of_it() {
     assert_eq!(of("rolled_back", WINDOW), Some(&DebugValue::Gauge(1.0.into())));
     for (name, value) in [("kl_nats_per_token", 0.5), ("seconds_per_token", 0.25), ("prefill_seconds", 0.5)] {
         assert_eq!(of(name, WINDOW), Some(&DebugValue::Histogram(vec![f64::into(value)])), "{name}");
+    }
+}
+
+/// Notes each event with its fields.
+#[derive(Default, Clone)]
+struct Heard(Arc<Mutex<Vec<String>>>);
+
+struct Fields(String);
+
+impl field::Visit for Fields {
+    fn record_debug(&mut self, field: &field::Field, value: &dyn std::fmt::Debug) {
+        self.0 += &format!(" {field}={value:?}");
+    }
+}
+
+impl Subscriber for Heard {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+    fn event(&self, event: &Event<'_>) {
+        let mut fields = Fields(event.metadata().level().to_string());
+        event.record(&mut fields);
+        self.0.lock().unwrap().push(fields.0);
+    }
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+#[test]
+fn traces_tell_where_traffic_goes() {
+    let heard = Heard::default();
+    tracing::subscriber::with_default(heard.clone(), || {
+        let limits = Limits { kl: Some(0.1), seconds_per_token: None, window: 1 };
+        let guard = Some(Guard { kl: 0.5, tokens: 1 });
+        let router = Router::new(RouterConfig { limits, guard, ..halves() }).unwrap();
+        play(&router, &key_of(&router, WINDOW), &[0.75]);
+        router.restore(WINDOW).unwrap();
+        router.set_weight(WINDOW, 3.0).unwrap();
+        router.fail(router.route("x"), &"no memory");
+    });
+    let heard = heard.0.lock().unwrap();
+    for words in [
+        &["INFO", "fell back", "window:size=4", "kl=0.75"][..],
+        &["DEBUG", "a request ended", "decoded: 4"],
+        &["WARN", "rolled back", "window:size=4", "the limit 0.1"],
+        &["INFO", "restored"],
+        &["INFO", "another weight", "weight=3.0"],
+        &["WARN", "a request failed", "no memory"],
+    ] {
+        assert!(heard.iter().any(|line| words.iter().all(|word| line.contains(word))), "{words:?} in {heard:?}");
     }
 }
 

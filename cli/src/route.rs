@@ -3,7 +3,7 @@
 mod wire;
 
 use crate::{model::ModelArgs, table::bytes};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use kvpolicy::{
     Registry,
@@ -175,8 +175,8 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let service = Service { args, hosted: &hosted, router: &router, input, output };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..args.parallel).map(|_| scope.spawn(|| service.work())).collect();
-        // A worker that panicked has said so.
-        workers.into_iter().try_for_each(|worker| worker.join().unwrap_or(Ok(())))
+        let ended = workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| bail!("a worker broke off")));
+        ended.collect::<Result<()>>()
     })?;
     eprintln!("{}", arms_table(&router.arms()));
     Ok(())
@@ -236,6 +236,8 @@ impl Service<'_> {
     fn follow(&self, line: usize, read: Line) -> Result<Option<Job>> {
         match read {
             Line::Ask(request) => {
+                // No fault of an arm: none gets it.
+                ensure!(!request.prompt.trim().is_empty(), "the prompt is empty");
                 let ticket = self.router.route(&request.key);
                 return Ok(Some(Job { line, request, ticket }));
             }
@@ -268,7 +270,6 @@ impl Service<'_> {
 
     /// Streams the pieces of an answer as they come.
     fn answer(&self, line: usize, request: &Request, ticket: &mut Ticket) -> Result<kvpolicy::router::Answer> {
-        ensure!(!request.prompt.trim().is_empty(), "the prompt is empty");
         let chat = || self.hosted.chat(&request.prompt).map_err(anyhow::Error::from_boxed);
         let text = if self.args.raw { request.prompt.clone() } else { chat()? };
         let prompt = self.hosted.lm.tokenizer().encode(&text)?;
