@@ -54,6 +54,9 @@ pub(crate) const FILE: &str = "gates.safetensors";
 /// has it.
 pub(crate) const WITH_GATES: [&str; 2] = ["weights.safetensors", "adapter_model.safetensors"];
 
+/// What the names of an adapter's tensors have in common.
+pub(crate) const ADAPTER: &str = "self_attn.dms_proj_alpha";
+
 /// Where gates are described for Shisa's programs.
 pub(crate) const SHISA_FILE: &str = "dms_metadata.json";
 
@@ -85,12 +88,12 @@ impl Description {
 
 /// The description of gates, before their tensors are read.
 #[derive(Debug, Clone, PartialEq)]
-struct Layout {
-    spec: GateSpec,
-    scale: f64,
-    offset: f64,
-    adapter: bool,
-    zero_after_rope: bool,
+pub(crate) struct Layout {
+    pub(crate) spec: GateSpec,
+    pub(crate) scale: f64,
+    pub(crate) offset: f64,
+    pub(crate) adapter: bool,
+    pub(crate) zero_after_rope: bool,
 }
 
 impl Gates {
@@ -220,7 +223,7 @@ impl Gates {
 }
 
 impl Layout {
-    fn of(folder: Folder) -> Result<Option<Self>> {
+    pub(crate) fn of(folder: Folder) -> Result<Option<Self>> {
         let (layout, file) = match Description::of(folder)? {
             None => return Ok(None),
             Some(Description::Shisa(metadata)) => (Self::shisa(&metadata), SHISA_FILE),
@@ -329,8 +332,8 @@ impl<'a> Fields<'a> {
     }
 }
 
-fn adapter_name(layer: usize) -> String {
-    format!("model.layers.{layer}.self_attn.dms_proj_alpha")
+pub(crate) fn adapter_name(layer: usize) -> String {
+    format!("model.layers.{layer}.{ADAPTER}")
 }
 
 pub(crate) fn not_described(path: &Path) -> Error {
