@@ -76,7 +76,7 @@
 //! # fn main() -> Result<()> {
 //! let mut registry = Registry::standard();
 //! registry.add::<Coin>();
-//! assert_eq!(registry.parse("coin:rate=0.5")?.to_string(), "coin:rate=0.5");
+//! assert_eq!(registry.parse("coin:rate=0.5")?.to_string(), "coin:window=8,rate=0.5");
 //! assert!(registry.parse("coin:rate=2").unwrap_err().to_string().contains("rate"));
 //! # Ok(())
 //! # }
