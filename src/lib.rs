@@ -41,6 +41,52 @@
 //! Tokens of one step are laid end to end: `[tokens, heads, head_dim]`, so sequences of different length share a
 //! batch without padding. Query head `j` belongs to KV head `j / group` (GQA).
 //!
+//! # A first policy
+//!
+//! A policy is configuration and a formula, written in tensor operations. It marks tokens as they are written, or ranks
+//! what is held under a budget; the store and attention do the rest. One that keeps the newest tokens, and the others at
+//! random for each head:
+//!
+//! ```
+//! use candle_core::Tensor;
+//! use kvpolicy::{Evict, Lag, LayerCx, NewTokens, Policy, Protect, Registry, Result, Verdict};
+//!
+//! kvpolicy::policy_params! {
+//!     /// Keeps the newest tokens, and a random part of the others.
+//!     struct Coin = "coin", paper "none: an example" {
+//!         /// Newest tokens that all stay.
+//!         window: u32 = 8, in 1..=1 << 20;
+//!         /// The part of the others that goes.
+//!         rate: f64, in 0.0..=1.0;
+//!     }
+//! }
+//!
+//! impl Policy for Coin {
+//!     fn protect(&self, _: &LayerCx) -> Protect {
+//!         Protect { recent: self.window, ..Protect::default() }
+//!     }
+//!
+//!     fn on_write(&self, cx: &LayerCx, new: &NewTokens) -> Result<Verdict> {
+//!         let shape = (new.positions.dim(0)?, cx.spec.kv_heads);
+//!         let bits = Tensor::rand(0f32, 1.0, shape, new.positions.device())?.lt(self.rate as f32)?;
+//!         Ok(Verdict { evict: Evict::Bits { bits, lag: Lag::Own }, score: None })
+//!     }
+//! }
+//!
+//! # fn main() -> Result<()> {
+//! let mut registry = Registry::standard();
+//! registry.add::<Coin>();
+//! assert_eq!(registry.parse("coin:rate=0.5")?.to_string(), "coin:window=8,rate=0.5");
+//! assert!(registry.parse("coin:rate=2").unwrap_err().to_string().contains("rate"));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # A first model
+//!
+//! `kvpolicy-candle` has Llama, Qwen2 and Qwen3, and shows how a model of your own moves over: where its attention appends
+//! to a cache and attends, it calls [`KvCache::attend`].
+//!
 //! # When scores are taken
 //!
 //! Prefill in one piece, in chunks of any size, decode and multi-turn give the same output for every policy that

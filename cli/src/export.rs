@@ -1,16 +1,18 @@
-//! `kvpolicy export`: a model with its gates as a folder of Hugging Face's.
+//! `kvpolicy export`: a model with its gates as a folder of Hugging Face's, or the gates alone.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
-use kvpolicy_candle::{Export, GateLayout, Lm, LoadOptions, Merged};
+use kvpolicy_candle::{Export, GateLayout, Lm, LoadOptions, Merged, extract_gates};
 use std::path::PathBuf;
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Layout {
-    /// Fields `dms_*` in config.json, an adapter's tensors beside the model's.
-    Nvidia,
-    /// `dms_metadata.json` and a borrowed neuron, as FastDMS reads them.
-    Shisa,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Target {
+    /// The model, with fields `dms_*` in config.json and an adapter's tensors beside the model's.
+    HfNvidia,
+    /// The model, with `dms_metadata.json` and a borrowed neuron, as FastDMS reads them.
+    HfShisa,
+    /// The gates of a model folder alone, for `dms:weights=`.
+    Gates,
 }
 
 #[derive(Debug, clap::Args)]
@@ -23,19 +25,21 @@ pub(crate) struct Args {
     /// the program brings [default: the model's own, or those the program brings for it].
     #[arg(long)]
     gates: Option<PathBuf>,
-    /// Who must be able to read the gates [default: those they were trained for].
+    /// What to write [default: the model, in the layout that its gates were trained for].
     #[arg(long, value_enum)]
-    layout: Option<Layout>,
+    to: Option<Target>,
     /// The folder to write: empty, or not there yet.
     #[arg(long)]
     out: PathBuf,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let layout = args.layout.map(|layout| match layout {
-        Layout::Nvidia => GateLayout::Nvidia,
-        Layout::Shisa => GateLayout::Shisa,
-    });
+    let layout = match args.to {
+        Some(Target::Gates) => return gates(args),
+        Some(Target::HfNvidia) => Some(GateLayout::Nvidia),
+        Some(Target::HfShisa) => Some(GateLayout::Shisa),
+        None => None,
+    };
     let export = Export { gates: args.gates.clone(), layout, out: args.out.clone() };
     export.check()?;
     let options = LoadOptions { dequantize: true, ..LoadOptions::default() };
@@ -56,5 +60,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         done.gate_tensors,
         done.layout
     );
+    Ok(())
+}
+
+fn gates(args: &Args) -> Result<()> {
+    ensure!(args.gates.is_none(), "--gates names gates that are files of their own: they need no `--to gates`");
+    let model = args.model.as_ref().context("--to gates takes the gates out of a folder: name it with --model")?;
+    let tensors = extract_gates(model, &args.out)?;
+    println!("{0}: {tensors} tensors of gates; use them by `dms:weights={0}`", args.out.display());
     Ok(())
 }

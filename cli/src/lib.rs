@@ -11,6 +11,7 @@ mod bench;
 mod compare;
 mod export;
 mod generate;
+mod inspect;
 mod join;
 mod model;
 mod plan;
@@ -54,8 +55,10 @@ enum Command {
     Report(report::Args),
     /// Train DMS gates into a model, whose weights stay or learn as well.
     Retrofit(retrofit::Args),
-    /// Write a model with its gates as a folder of Hugging Face's.
+    /// Write a model with its gates as a folder of Hugging Face's, or the gates alone.
     Export(export::Args),
+    /// What is in a checkpoint: model, tensors, gates, and the policy they imply.
+    Inspect(inspect::Args),
     /// Train the embedded model from nothing, and its gates.
     TrainDemo(train_demo::Args),
     /// Draw the curves of trainings.
@@ -78,6 +81,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Command::Report(args) => report::run(&args),
         Command::Retrofit(args) => retrofit::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::TrainDemo(args) => train_demo::run(&args),
         #[cfg(feature = "plot")]
         Command::Plot(args) => plot::run(&args),

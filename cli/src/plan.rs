@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::{Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
-use kvpolicy_candle::{Config, Shape};
+use kvpolicy_candle::{Config, Page, Shape};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -43,8 +43,6 @@ pub(crate) struct Args {
 const LONGEST: u64 = 1 << 40;
 /// Of the GPU's memory that is not the weights', left for activations and buffers.
 const SPARE: f64 = 0.1;
-/// Pages of a GPU's pool.
-const PAGE: Page = Page { entries: 32, beside: 8 };
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!((1..=LONGEST).contains(&args.context), "context={}: 1 to {LONGEST} tokens", args.context);
@@ -111,21 +109,13 @@ impl Model {
 
     /// Of pages that hold so many entries in every KV head.
     fn pool_bytes(&self, entries: u64, page: Page) -> u64 {
-        let pages = self.layers * self.kv_heads * entries.div_ceil(page.entries);
-        pages * page.entries * (self.kv_bytes + page.beside)
+        self.layers * self.kv_heads * page.bytes_of_head(entries, self.kv_bytes)
     }
 
     /// Operations of a token that looks at so many entries in every head.
     fn operations(&self, entries: u64) -> f64 {
         (2 * self.multiplied + 4 * self.layers * self.q_heads * self.head_dim * entries) as f64
     }
-}
-
-/// A page of one KV head.
-#[derive(Debug, Clone, Copy)]
-struct Page {
-    entries: u64,
-    beside: u64, // bytes of an entry beside its key and value
 }
 
 /// What a GPU has.
@@ -159,9 +149,9 @@ impl Fit {
         let held = |context: u64| (context as f64 / compression).ceil() as u64;
         let room = ((gpu.memory - model.weights) as f64 * (1.0 - SPARE)) as u64;
         let entries = held(context);
-        let sequence_bytes = model.pool_bytes(entries, PAGE);
+        let sequence_bytes = model.pool_bytes(entries, Page::GPU);
         let sequences = room / sequence_bytes;
-        let most_entries = room / model.pool_bytes(PAGE.entries, PAGE) * PAGE.entries;
+        let most_entries = room / model.pool_bytes(Page::GPU.entries, Page::GPU) * Page::GPU.entries;
         let step = |batch: u64| {
             let kv = (batch * entries * model.token_bytes()) as f64;
             let read = model.read as f64 + kv;
@@ -230,9 +220,6 @@ mod tests {
         Model::new(&Shape::of(name).unwrap(), 2, KvType::Bf16)
     }
 
-    /// Of the pool in main memory, where it can be measured.
-    const CPU: Page = Page { entries: 16, beside: 9 };
-
     #[test]
     fn bytes_are_those_of_the_measured_pool() {
         let lm = Lm::embedded(&LoadOptions::default()).unwrap();
@@ -245,7 +232,7 @@ mod tests {
             let mut session = lm.session(policy, &SessionOptions::default()).unwrap();
             session.prefill(&vec![97; tokens], true).unwrap();
             let usage = session.cache().usage();
-            assert_eq!(usage.bytes_in_use, model.pool_bytes(held, CPU), "{tokens} tokens");
+            assert_eq!(usage.bytes_in_use, model.pool_bytes(held, Page::CPU), "{tokens} tokens");
             assert_eq!(usage.dense_bytes_per_token, model.token_bytes());
         }
     }

@@ -518,7 +518,7 @@ fn retrofit_trains_gates_that_can_be_used() {
 fn export_writes_a_folder_that_runs() {
     let bench = Bench::new();
     tiny().write_gates(&bench.path("gates"));
-    let said = succeeded(&bench.run("export", &["--gates", "gates", "--layout", "nvidia", "--out", "out"]));
+    let said = succeeded(&bench.run("export", &["--gates", "gates", "--to", "hf-nvidia", "--out", "out"]));
     assert!(said.contains("out") && said.contains("4 of gates, layout nvidia"), "{said}");
     let text = |args: &[&str]| {
         let rest = ["--prompt", "Sentence 7 speaks", "--max-tokens", "12"];
@@ -529,10 +529,35 @@ fn export_writes_a_folder_that_runs() {
     assert_ne!(exported, text(&["--model", "out", "--policy", "full"]));
     bench.fails("export", &["--gates", "gates", "--out", "out"], &["out", "not empty"]);
     bench.fails("export", &["--out", "new"], &["m.gguf", "no gates", "retrofit"]);
-    bench.fails("export", &["--gates", "gates", "--layout", "shisa", "--out", "new"], &["adapter", "nvidia"]);
+    bench.fails("export", &["--gates", "gates", "--to", "hf-shisa", "--out", "new"], &["adapter", "nvidia"]);
     bench.fails("export", &["--gates", "nowhere", "--out", "new"], &["nowhere"]);
     bench.fails("export", &["--gates", "gates"], &["--out"]);
+    let alone = succeeded(&program(&bench.dir, &["export", "--to", "gates", "--model", "out", "--out", "alone"]));
+    assert!(alone.contains("4 tensors of gates") && alone.contains("dms:weights=alone"), "{alone}");
+    assert_eq!(exported, text(&["--model", "out", "--policy", "dms:weights=alone"]));
+    bench.fails("export", &["--gates", "gates", "--to", "gates", "--out", "new"], &["--to gates"]);
     assert!(!bench.path("new").exists());
+}
+
+#[test]
+fn inspect_says_what_is_in_a_file() {
+    let bench = Bench::new();
+    tiny().write_gates(&bench.path("gates"));
+    let page = succeeded(&program(&bench.dir, &["inspect", "m.gguf"]));
+    assert!(
+        page.contains("LlamaForCausalLM") && page.contains("gates: none") && page.contains("blk.*.attn_q"),
+        "{page}"
+    );
+    let page = succeeded(&program(&bench.dir, &["inspect", "gates"]));
+    assert!(
+        page.contains("policy: dms:weights=gates") && page.contains("dms:window=8,lag=previous,per=head"),
+        "{page}"
+    );
+    let json = succeeded(&program(&bench.dir, &["inspect", "gates/gates.safetensors", "--json"]));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["gates"]["window"], &json["gates"]["layers"][1]["layer"]), (&json!(8), &json!(1)));
+    let nothing = program(&bench.dir, &["inspect", "./nothing"]);
+    assert!(!nothing.status.success() && String::from_utf8_lossy(&nothing.stderr).contains("no such file"));
 }
 
 #[test]

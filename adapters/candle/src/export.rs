@@ -1,7 +1,9 @@
 //! A model with its gates as a folder of Hugging Face's: for other programs, and to publish.
 
+mod extract;
 mod merge;
 
+pub use extract::extract_gates;
 pub use merge::Merged;
 
 use crate::{
@@ -17,7 +19,13 @@ use crate::{
 use candle_core::{DType, Device, quantized::gguf_file};
 use kvpolicy::retrofit::Named;
 use serde_json::{Map, Value, json};
-use std::{borrow::Cow, collections::HashMap, fmt, fs, io::ErrorKind, path::PathBuf};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    fmt, fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 /// Who can read the gates of a folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,12 +107,7 @@ impl Export {
     /// # Errors
     /// [`Error::File`] naming the folder.
     pub fn check(&self) -> Result<()> {
-        match fs::read_dir(&self.out).map(|mut inside| inside.next().is_none()) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Error::file(&self.out, "is not empty: a model is exported to a folder of its own")),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(Error::file(&self.out, error)),
-        }
+        check_empty(&self.out)
     }
 
     /// Writes `config.json`, `model.safetensors` (bf16), the tokenizer and the chat template. The model must be loaded with
@@ -165,6 +168,15 @@ impl Export {
     }
 }
 
+fn check_empty(out: &Path) -> Result<()> {
+    match fs::read_dir(out).map(|mut inside| inside.next().is_none()) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::file(out, "is not empty: an export goes to a folder of its own")),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::file(out, error)),
+    }
+}
+
 fn brought(lm: &Lm, shipped: &shipped::Shipped) -> Result<Chosen> {
     let gates = Gates::of_folder(shipped.folder, lm.model().config(), DType::F32, &Device::Cpu)?;
     Chosen::new(shipped.folder, &gates, None)
@@ -190,15 +202,15 @@ impl Description {
         let what = match self {
             Self::Nvidia(fields) if fields.get("dms_separate_alpha") == Some(&Value::Bool(true)) => {
                 "the gates are an adapter, tensors of their own; in Shisa's layout the decision is a neuron of the query, and \
-                 no neuron can say what an adapter does: take the layout nvidia"
+                 no neuron can say what an adapter does: take hf-nvidia"
             }
             Self::Nvidia(_) => {
                 "the gates were trained to judge the token before their own; in Shisa's layout a decision judges its own \
-                 token: take the layout nvidia"
+                 token: take hf-nvidia"
             }
             Self::Shisa(_) => {
                 "the gates were trained to judge their own token; in NVIDIA's layout a decision judges the token before its \
-                 own: take the layout shisa"
+                 own: take hf-shisa"
             }
         };
         Error::Model(what.into())
@@ -209,7 +221,12 @@ impl Description {
         let Self::Nvidia(fields) = self else { return Map::new() };
         let scalar =
             |(name, value): &(&String, &Value)| name.starts_with("dms_") || !(value.is_array() || value.is_object());
-        let mut fields: Map<_, _> = fields.iter().filter(scalar).map(|(k, v)| (k.clone(), v.clone())).collect();
+        fields.iter().filter(scalar).map(|(k, v)| (k.clone(), v.clone())).collect()
+    }
+
+    /// [`Description::fields`] as NVIDIA's loader takes them.
+    fn fields_of_model(&self) -> Map<String, Value> {
+        let mut fields = self.fields();
         // NVIDIA's cache refuses windows that are no longer than a page.
         let window = fields.get("dms_window_size").and_then(Value::as_u64).unwrap_or(0);
         let page = fields.get("dms_paged_attention_block_size").and_then(Value::as_u64).unwrap_or(LARGEST_PAGE);
@@ -232,7 +249,7 @@ fn files(lm: &Lm, gates: &Description) -> Result<Files> {
         Origin::Embedded(folder) => kept(*folder)?,
     };
     let arch = lm.model().config().arch;
-    config.extend(gates.fields());
+    config.extend(gates.fields_of_model());
     config.entry("architectures").or_insert_with(|| json!([arch.class()]));
     if arch == Arch::Qwen3 && gates.layout() == GateLayout::Nvidia {
         config.entry("auto_map").or_insert_with(|| {

@@ -56,6 +56,9 @@ pub(crate) const FILE: &str = "gates.safetensors";
 /// has it.
 pub(crate) const WITH_GATES: [&str; 2] = ["weights.safetensors", "adapter_model.safetensors"];
 
+/// What the names of an adapter's tensors have in common.
+pub(crate) const ADAPTER: &str = "self_attn.dms_proj_alpha";
+
 /// Where gates are described for Shisa's programs.
 pub(crate) const SHISA_FILE: &str = "dms_metadata.json";
 
@@ -87,12 +90,12 @@ impl Description {
 
 /// The description of gates, before their tensors are read.
 #[derive(Debug, Clone, PartialEq)]
-struct Layout {
-    spec: GateSpec,
-    scale: f64,
-    offset: f64,
-    adapter: bool,
-    zero_after_rope: bool,
+pub(crate) struct Layout {
+    pub(crate) spec: GateSpec,
+    pub(crate) scale: f64,
+    pub(crate) offset: f64,
+    pub(crate) adapter: bool,
+    pub(crate) zero_after_rope: bool,
 }
 
 impl Gates {
@@ -238,55 +241,54 @@ impl Gates {
 }
 
 impl Layout {
-    fn of(folder: Folder) -> Result<Option<Self>> {
-        match Description::of(folder)? {
-            None => Ok(None),
-            Some(Description::Shisa(metadata)) => Ok(Some(Self::shisa(&metadata))),
-            Some(Description::Nvidia(fields)) => {
-                Self::nvidia(&fields).map(Some).map_err(|what| Error::file(folder.path("config.json"), what))
-            }
-        }
+    pub(crate) fn of(folder: Folder) -> Result<Option<Self>> {
+        let (layout, file) = match Description::of(folder)? {
+            None => return Ok(None),
+            Some(Description::Shisa(metadata)) => (Self::shisa(&metadata), SHISA_FILE),
+            Some(Description::Nvidia(fields)) => (Self::nvidia(&fields), "config.json"),
+        };
+        layout.map(Some).map_err(|what| Error::file(folder.path(file), what))
     }
 
-    fn shisa(metadata: &Map<String, Value>) -> Self {
-        let inner = metadata.get("config").and_then(Value::as_object);
-        let number = |names: &[&str], default: f64| {
-            let found = names.iter().find_map(|name| metadata.get(*name).or_else(|| inner?.get(*name))?.as_f64());
-            found.unwrap_or(default)
-        };
-        Self {
+    /// The fields may be one level down, as the training's log has them.
+    fn shisa(metadata: &Map<String, Value>) -> Read<Self> {
+        if metadata.contains_key("sidecar") {
+            return Err("gates in a sidecar of their own are not supported: a neuron of the queries must decide".into());
+        }
+        let inner = ["dms", "config"].iter().find_map(|name| metadata.get(*name)?.as_object());
+        let fields = Fields { all: [Some(metadata), inner].into_iter().flatten().collect() };
+        Ok(Self {
             spec: GateSpec {
-                window: number(&["window_size", "dms_window_size"], 256.0) as u32,
+                window: fields.window(&["window_size", "dms_window_size"])?.unwrap_or(256),
                 lag: Lag::Own,
                 per: PerGate::Head,
                 disable: false,
             },
-            scale: number(&["alpha_scale", "dms_alpha_scale"], 100.0),
-            offset: number(&["alpha_offset", "dms_alpha_offset", "dms_initial_alpha_offset"], 5.0),
+            scale: fields.number(&["alpha_scale", "dms_alpha_scale"], 100.0)?,
+            offset: fields.number(&["alpha_offset", "dms_alpha_offset", "dms_initial_alpha_offset"], 5.0)?,
             adapter: false,
             zero_after_rope: false,
-        }
+        })
     }
 
-    fn nvidia(config: &Map<String, Value>) -> std::result::Result<Self, String> {
-        let number = |name: &str, default: f64| config.get(name).and_then(Value::as_f64).unwrap_or(default);
-        let flag = |name: &str, default: bool| config.get(name).and_then(Value::as_bool).unwrap_or(default);
-        let per = match config.get("dms_alpha_per").and_then(Value::as_str).unwrap_or("head") {
-            "head" => PerGate::Head,
-            "layer" => PerGate::Layer,
-            other => return Err(format!("dms_alpha_per={other} is not supported: head or layer")),
+    fn nvidia(config: &Map<String, Value>) -> Read<Self> {
+        let fields = Fields { all: vec![config] };
+        let per = match fields.find(&["dms_alpha_per"]) {
+            None => PerGate::Head,
+            Some((_, value)) if value == "head" => PerGate::Head,
+            Some((_, value)) if value == "layer" => PerGate::Layer,
+            Some((name, other)) => return Err(format!("{name}={other} is not supported: head or layer")),
         };
-        let window = config.get("dms_window_size").and_then(Value::as_u64).and_then(|w| u32::try_from(w).ok());
         Ok(Self {
             spec: GateSpec {
-                window: window.ok_or("dms_window_size is missing or no whole number")?,
+                window: fields.window(&["dms_window_size"])?.ok_or("dms_window_size is missing")?,
                 lag: Lag::Previous,
                 per,
-                disable: flag("dms_disable_eviction", false),
+                disable: fields.flag("dms_disable_eviction")?,
             },
-            scale: number("dms_alpha_scale", 100.0),
-            offset: number("dms_initial_alpha_offset", 5.0),
-            adapter: flag("dms_separate_alpha", false),
+            scale: fields.number(&["dms_alpha_scale"], 100.0)?,
+            offset: fields.number(&["dms_initial_alpha_offset"], 5.0)?,
+            adapter: fields.flag("dms_separate_alpha")?,
             zero_after_rope: true,
         })
     }
@@ -316,8 +318,40 @@ impl Layout {
     }
 }
 
-fn adapter_name(layer: usize) -> String {
-    format!("model.layers.{layer}.self_attn.dms_proj_alpha")
+/// What is wrong with a field, or its value.
+type Read<T> = std::result::Result<T, String>;
+
+/// Objects of JSON that say the same things, the first before the second.
+struct Fields<'a> {
+    all: Vec<&'a Map<String, Value>>,
+}
+
+impl<'a> Fields<'a> {
+    /// The first of these names that has a value.
+    fn find<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &'a Value)> {
+        let of = |name: &'n str| self.all.iter().find_map(|map| map.get(name).filter(|value| !value.is_null()));
+        names.iter().find_map(|name| Some((*name, of(name)?)))
+    }
+
+    fn number(&self, names: &[&str], default: f64) -> Read<f64> {
+        let Some((name, value)) = self.find(names) else { return Ok(default) };
+        value.as_f64().ok_or_else(|| format!("{name}={value} is no number"))
+    }
+
+    fn window(&self, names: &[&str]) -> Read<Option<u32>> {
+        let Some((name, value)) = self.find(names) else { return Ok(None) };
+        let window = value.as_u64().and_then(|window| u32::try_from(window).ok());
+        window.map(Some).ok_or_else(|| format!("{name}={value} is no whole number of tokens below 2^32"))
+    }
+
+    fn flag(&self, name: &str) -> Read<bool> {
+        let Some((name, value)) = self.find(&[name]) else { return Ok(false) };
+        value.as_bool().ok_or_else(|| format!("{name}={value} is neither true nor false"))
+    }
+}
+
+pub(crate) fn adapter_name(layer: usize) -> String {
+    format!("model.layers.{layer}.{ADAPTER}")
 }
 
 pub(crate) fn not_described(path: &Path) -> Error {

@@ -1,13 +1,19 @@
 //! Llama, Qwen2 and Qwen3 on candle, their keys and values in a [`kvpolicy::KvCache`].
 //!
-//! ```no_run
-//! use kvpolicy_candle::{LoadOptions, Lm};
+//! # A first model
+//!
+//! [`Lm`] is a model with what belongs to it: tokenizer, chat template, gates. [`Lm::load`] takes a folder of
+//! safetensors, a GGUF file or a hub id; [`Lm::embedded`] the small model inside this crate. A policy is named by a
+//! string, and a [`Session`] is one sequence under it:
+//!
+//! ```
+//! use kvpolicy_candle::{Lm, LoadOptions};
 //!
 //! # fn main() -> kvpolicy_candle::Result<()> {
-//! let lm = Lm::load("model.gguf", &LoadOptions::default())?;
-//! let policy = kvpolicy::Registry::standard().parse("window:size=512,sinks=4")?;
+//! let lm = Lm::embedded(&LoadOptions::default())?;
+//! let policy = kvpolicy::Registry::standard().parse("window:size=32,sinks=4")?;
 //! let mut session = lm.session(policy, &Default::default())?;
-//! let mut logits = session.prefill(&lm.tokenizer().encode(&lm.chat("Why is the sky blue?")?)?, true)?;
+//! let mut logits = session.prefill(&lm.tokenizer().encode(&lm.chat("ba-ke ke-di di-ba\n")?)?, true)?;
 //! for _ in 0..100 {
 //!     let token = logits.argmax(0)?.to_scalar::<u32>()?;
 //!     if lm.tokenizer().is_eos(token) {
@@ -15,10 +21,31 @@
 //!     }
 //!     logits = session.decode(token)?;
 //! }
-//! println!("compression {:.1}x", session.stats().compression());
+//! let held = session.cache().held_positions(0, session.seq(), 0); // of layer 0, KV head 0
+//! assert!(held.len() <= 36 && session.stats().peak_bytes > 0);
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # DMS
+//!
+//! `dms` asks the model which tokens to keep. The decisions come from [`Gates`]: of the checkpoint, where it was
+//! trained with some (NVIDIA's and Shisa's published layouts load as they are), of a file (`dms:weights=FILE`), or
+//! those that this crate brings for a model it knows by the hash of its weights. The small model has its own:
+//!
+//! ```
+//! # use kvpolicy_candle::{Lm, LoadOptions};
+//! # fn main() -> kvpolicy_candle::Result<()> {
+//! let lm = Lm::embedded(&LoadOptions::default())?;
+//! let mut session = lm.session(kvpolicy::Registry::standard().parse("dms")?, &Default::default())?;
+//! session.prefill(&lm.tokenizer().encode(&"the boat waits near the mill. ".repeat(20))?, true)?;
+//! assert!(session.stats().evicted > 0 && session.stats().compression() > 1.0);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`retrofit`] trains gates, [`Export`] writes them with their model, [`extract_gates`] takes them out again,
+//! [`Inspection`] says what is in a file.
 //!
 //! # Moving a candle program over
 //!
@@ -57,6 +84,7 @@ mod gates;
 mod gguf_header;
 #[cfg(feature = "hub")]
 mod hub;
+mod inspect;
 mod loader;
 mod model;
 pub mod ops;
@@ -66,17 +94,19 @@ mod session;
 mod shape;
 mod shipped;
 mod subject;
+mod tensor_file;
 mod tokenizer;
 mod weights;
 
 pub use chat::{ChatTemplate, Message};
 pub use config::{Arch, Config};
 pub use error::{Error, Result};
-pub use export::{Export, Exported, GateLayout, Merged};
+pub use export::{Export, Exported, GateLayout, Merged, extract_gates};
 pub use gates::Gates;
+pub use inspect::{GatesSummary, Inspection, LayerGates, ModelSummary, TensorSummary};
 pub use loader::{Lm, LoadOptions};
 pub use model::Model;
 pub use session::{Session, SessionOptions};
-pub use shape::Shape;
+pub use shape::{Page, Shape};
 pub use subject::Hosted;
 pub use tokenizer::{TextStream, Tokenizer};

@@ -61,7 +61,11 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub(crate) fn new(
+    /// Over a model that has no [`crate::Lm`] around it, such as one of random weights.
+    ///
+    /// # Errors
+    /// Every reason why the policy cannot run on this model.
+    pub fn new(
         model: &'a Model,
         gates: Option<Arc<Gates>>,
         policy: Arc<dyn Policy>,

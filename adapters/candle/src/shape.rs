@@ -59,3 +59,25 @@ impl Shape {
         Ok(Self { config: Config::from_json(&text)?, weight_bytes: None })
     }
 }
+
+/// A page of the pool: entries of one KV head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Page {
+    /// Entries of it.
+    pub entries: u64,
+    /// Bytes of an entry beside its key and value: position, mark, score.
+    pub beside: u64,
+}
+
+impl Page {
+    /// Of the pool in main memory, as it is by default.
+    pub const CPU: Self = Self { entries: 16, beside: 9 };
+    /// Of the pool on a GPU, as it is by default.
+    pub const GPU: Self = Self { entries: 32, beside: 8 };
+
+    /// Bytes of the pages that a KV head with so many entries has; `entry_bytes`: those of a key and
+    /// its value.
+    pub fn bytes_of_head(self, entries: u64, entry_bytes: u64) -> u64 {
+        entries.div_ceil(self.entries) * self.entries * (entry_bytes + self.beside)
+    }
+}

@@ -7,7 +7,7 @@ use crate::{
 };
 use candle_core::{
     DType, Device, Module, Tensor,
-    quantized::{QMatMul, QTensor, gguf_file},
+    quantized::{GgmlDType, QMatMul, QTensor, gguf_file},
 };
 use std::{
     collections::HashMap,
@@ -209,6 +209,11 @@ impl GgufFile {
 
     pub(crate) fn metadata(&self) -> &HashMap<String, gguf_file::Value> {
         &self.content.metadata
+    }
+
+    /// Names, shapes and types as the file has them.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&String, &[usize], GgmlDType)> {
+        self.content.tensor_infos.iter().map(|(name, info)| (name, info.shape.dims(), info.ggml_dtype))
     }
 
     /// Names here are the file's own.

@@ -6,7 +6,9 @@ mod tiny;
 
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 use kvpolicy::{Registry, RopeLayout, Stats};
-use kvpolicy_candle::{Arch, Export, Exported, GateLayout, Lm, LoadOptions, Merged, SessionOptions, demo};
+use kvpolicy_candle::{
+    Arch, Export, Exported, GateLayout, Lm, LoadOptions, Merged, SessionOptions, demo, extract_gates,
+};
 use serde_json::{Value, json};
 use std::{
     collections::HashMap,
@@ -460,4 +462,39 @@ fn borrowed_neurons_stay_in_their_own_layout() {
     let done = place.export(&lm, Some(GateLayout::Shisa)).unwrap();
     assert_eq!((done.layout, done.gate_tensors, done.merged), (GateLayout::Shisa, 0, Merged::Weights(1)));
     assert!(walk(&load(&place.path("out")), "dms").1.evicted > 0);
+}
+
+#[test]
+fn gates_taken_out_of_a_folder_are_the_same_to_the_bit() {
+    let place = Place::new();
+    let lm = place.folder(&tiny("qwen3", true));
+    place.export(&lm, Some(GateLayout::Nvidia)).unwrap();
+    let (out, alone) = (place.path("out"), place.path("alone"));
+    assert_eq!(extract_gates(out.to_str().unwrap(), &alone).unwrap(), 2 * LAYERS);
+    let (before, after) = (place.tensors("gates/gates.safetensors"), place.tensors("alone/gates.safetensors"));
+    assert_eq!(before.len(), after.len());
+    for (name, tensor) in &before {
+        assert_eq!(after[name].dtype(), DType::BF16);
+        let numbers = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>();
+        assert_eq!(numbers(tensor).unwrap(), numbers(&after[name]).unwrap(), "{name}");
+    }
+    let fields = place.json("alone/config.json");
+    assert_eq!((&fields["dms_window_size"], &fields["model_type"]), (&json!(8), &Value::Null));
+    for weights in [alone.clone(), alone.join("gates.safetensors")] {
+        let policy = format!("dms:weights={}", weights.display());
+        assert_eq!(walk(&lm, &policy), walk(&load(&out), "dms"));
+    }
+    assert_says(extract_gates(out.to_str().unwrap(), &alone).unwrap_err(), &["alone", "not empty"]);
+
+    let none = place.path("none");
+    assert_says(extract_gates(place.path("model").to_str().unwrap(), &none).unwrap_err(), &["model", "no description"]);
+    let lacking = json!({"dms_window_size": 8, "dms_separate_alpha": true});
+    let mut config = place.json("model/config.json");
+    config.as_object_mut().unwrap().extend(lacking.as_object().unwrap().clone());
+    std::fs::write(place.path("model/config.json"), config.to_string()).unwrap();
+    assert_says(extract_gates(place.path("model").to_str().unwrap(), &none).unwrap_err(), &["dms_proj_alpha.weight"]);
+    config["dms_separate_alpha"] = json!(false);
+    std::fs::write(place.path("model/config.json"), config.to_string()).unwrap();
+    assert_says(extract_gates(place.path("model").to_str().unwrap(), &none).unwrap_err(), &["neurons", "whole model"]);
+    assert!(!none.exists());
 }
