@@ -45,9 +45,7 @@ impl KvType {
             Self::Int8 => DType::U8,
         }
     }
-}
 
-impl KvType {
     /// Bytes of an entry's key and value of `head_dim` components on a GPU, their factors included.
     pub(crate) fn entry_bytes(self, head_dim: usize) -> usize {
         let size = self.dtype().size_in_bytes();
