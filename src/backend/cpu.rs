@@ -23,7 +23,7 @@ use candle_core::{DType, Device, Tensor};
 use element::{Element, Fp8, Int8};
 use half::{bf16, f16};
 use moments::Accumulator;
-use pool::{Entry, Pool};
+use pool::{Entry, Full, Pool};
 use row::Row;
 use std::collections::{HashMap, VecDeque};
 
@@ -124,6 +124,12 @@ impl<E: Element> Cpu<E> {
         (self.live, self.evicted) = (self.live - dropped, self.evicted + dropped);
     }
 
+    /// A sequence that finds no page goes whole.
+    fn drop_for(&mut self, seq: SeqId, error: Error) {
+        self.release(seq);
+        self.failures.insert(seq, Some(error));
+    }
+
     fn append_span(
         &mut self,
         layer: usize,
@@ -139,6 +145,7 @@ impl<E: Element> Cpu<E> {
             let (token, pos) = (first + i, span.start + i as u32);
             for head in 0..heads {
                 let row = &mut sequence.rows[layer * heads + head];
+                let full = exhausted(span.seq, layer, pos);
                 let at = token * heads + head;
                 let own = match tokens.marks {
                     Marks::Never => false,
@@ -146,7 +153,7 @@ impl<E: Element> Cpu<E> {
                     Marks::Bits(ref bits, Lag::Own) => bits[at] != 0,
                     Marks::Bits(ref bits, Lag::Previous) => {
                         if bits[at] != 0 {
-                            row.mark_newest(&mut self.pool, protect);
+                            row.mark_newest(&mut self.pool, protect).map_err(&full)?;
                         }
                         false
                     }
@@ -159,12 +166,7 @@ impl<E: Element> Cpu<E> {
                     score: tokens.scores.as_ref().map_or(0.0, |s| s[at]),
                 };
                 let before = row.len();
-                row.write(&mut self.pool, &entry, span.start, protect).map_err(|full| Error::PoolExhausted {
-                    seq: span.seq,
-                    layer,
-                    position: pos,
-                    limit: full.limit,
-                })?;
+                row.write(&mut self.pool, &entry, span.start, protect).map_err(full)?;
                 let reused = (row.len() == before) as u64;
                 self.written += 1;
                 self.evicted += reused;
@@ -173,6 +175,11 @@ impl<E: Element> Cpu<E> {
         }
         Ok(())
     }
+}
+
+/// What a sequence that finds no page is dropped for.
+fn exhausted(seq: SeqId, layer: usize, position: u32) -> impl Fn(Full) -> Error {
+    move |full| Error::PoolExhausted { seq, layer, position, limit: full.limit }
 }
 
 /// New tokens as slices.
@@ -236,8 +243,7 @@ impl<E: Element> Storage for Cpu<E> {
                 continue;
             }
             if let Err(error) = self.append_span(layer, span, first, &tokens, protect) {
-                self.release(span.seq);
-                self.failures.insert(span.seq, Some(error));
+                self.drop_for(span.seq, error);
             }
         }
         Ok(())
@@ -309,6 +315,37 @@ impl<E: Element> Storage for Cpu<E> {
 
     fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>> {
         Ok(Box::new(held::Gathered::new(self, layer, spans)))
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId, share: &[bool]) -> Result<()> {
+        let (heads, mut rows) = (self.spec.kv_heads, vec![]);
+        let Some(parent) = self.sequences.get(&from) else { return Ok(()) };
+        for (i, row) in parent.rows.iter().enumerate() {
+            match row.fork(&mut self.pool, share[i / heads]) {
+                Ok(row) => rows.push(row),
+                Err(full) => {
+                    rows.into_iter().for_each(|row| row.free(&mut self.pool));
+                    let position = parent.rows.iter().map(Row::len).max().unwrap_or(0) as u32;
+                    return Err(exhausted(from, i / heads, position)(full));
+                }
+            }
+        }
+        self.live += rows.iter().map(|row| row.len() as u64).sum::<u64>();
+        let (queries, moments) = (parent.queries.clone(), parent.moments.clone());
+        self.sequences.insert(to, Sequence { rows, queries, moments });
+        Ok(())
+    }
+
+    fn unshare(&mut self, layer: usize, spans: &[Span]) -> Result<()> {
+        for span in spans {
+            let heads = self.spec.kv_heads;
+            let Some(sequence) = self.sequences.get_mut(&span.seq) else { continue };
+            let mut rows = sequence.rows[layer * heads..][..heads].iter_mut();
+            if let Err(full) = rows.try_for_each(|row| row.unshare(&mut self.pool)) {
+                self.drop_for(span.seq, exhausted(span.seq, layer, span.start)(full));
+            }
+        }
+        Ok(())
     }
 
     fn release(&mut self, seq: SeqId) {

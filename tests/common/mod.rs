@@ -147,6 +147,19 @@ impl Stream {
         let mut rng = Rng(seed);
         Self { layers: (0..spec.layers).map(|_| LayerData::random(spec, tokens, &mut rng)).collect(), tokens }
     }
+
+    /// The first `at` tokens of this and then those of `other`.
+    pub(crate) fn until(&self, at: usize, other: &Self) -> Self {
+        let splice =
+            |a: &[f32], b: &[f32]| [&a[..a.len() / self.tokens * at], &b[b.len() / other.tokens * at..]].concat();
+        let layers = self.layers.iter().zip(&other.layers).map(|(a, b)| LayerData {
+            q: splice(&a.q, &b.q),
+            k: splice(&a.k, &b.k),
+            v: splice(&a.v, &b.v),
+            logits: splice(&a.logits, &b.logits),
+        });
+        Self { layers: layers.collect(), tokens: other.tokens }
+    }
 }
 
 /// `rows` of a `[tokens, heads, width]` array, several ranges laid end to end.
