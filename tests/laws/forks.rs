@@ -30,11 +30,13 @@ fn before(phase: Phase) -> Vec<(usize, Phase)> {
     }
 }
 
-/// A parent, two of its forks and a fork of a fork go on together in random chunks, decode and further turns.
-fn after(seed: u64, at: usize, sequences: usize) -> Vec<Work> {
+/// A parent, two of its forks and a fork of a fork go on together in random chunks, decode and further turns; all but one
+/// begin with decode.
+fn after(seed: u64, at: usize) -> Vec<Work> {
     let mut rng = Rng(seed);
-    let lives = (0..sequences).map(|_| life(&mut rng, TOKENS - at, 9)).collect();
-    weave(&mut rng, lives)
+    let decode = |n| vec![(1, DECODE); n];
+    let lives = [5, 0, 1, 9].map(|n| [decode(n), life(&mut rng, TOKENS - at - n, 9)].concat());
+    weave(&mut rng, lives.to_vec())
 }
 
 fn forked_lives(text: &str, phase: Phase, dtype: DType) {
@@ -53,7 +55,7 @@ fn forked_lives(text: &str, phase: Phase, dtype: DType) {
     forked.fork(0, streams[2].clone()).unwrap();
     forked.fork(2, streams[3].clone()).unwrap();
 
-    for (i, work) in after(at as u64, at, 4).into_iter().enumerate() {
+    for (i, work) in after(at as u64, at).into_iter().enumerate() {
         alone.run(std::slice::from_ref(&work));
         forked.run(std::slice::from_ref(&work));
         let usage = [&alone, &forked].map(|play| play.cache.usage());
