@@ -46,6 +46,13 @@ struct ScatterParams {
     uint32_t max_len;
 };
 
+struct PositionsParams {
+    Store store;
+    uint32_t *out; // in slot order
+    uint32_t row;
+    uint32_t len; // of the row
+};
+
 namespace {
 
 constexpr uint32_t BATCH = 4; // elements a thread has in flight
@@ -187,4 +194,10 @@ extern "C" __global__ void scatter(const __grid_constant__ ScatterParams p) {
     const size_t row = (size_t)blockIdx.y * p.max_len;
     const uint32_t slot = p.order[row + place];
     if (slot != NONE) p.out[row + slot] = p.dense[row + place];
+}
+
+// A thread an entry of one row.
+extern "C" __global__ void positions(const __grid_constant__ PositionsParams p) {
+    const uint32_t slot = blockIdx.x * blockDim.x + threadIdx.x;
+    if (slot < p.len) p.out[slot] = p.store.tag[p.store.entry(p.row, slot)] & ~MARK;
 }

@@ -8,6 +8,7 @@
 //! slot, so after the append no row holds a dead entry.
 
 mod attend;
+mod fork;
 mod graph;
 mod held;
 mod memory;
@@ -99,6 +100,8 @@ struct Seat {
     /// The most entries a row of each layer may hold now.
     bounds: Vec<u32>,
     observed: Vec<observe::Observed>,
+    /// Another sequence may hold some of its pages.
+    shares: bool,
     /// The host knows that it was dropped.
     dropped: bool,
 }
@@ -126,6 +129,7 @@ struct Cuda {
     memory: Memory,
     layers: Vec<Layer>,
     layer_plans: CudaSlice<LayerPlan>,
+    shared: Option<fork::Shared>,
     seats: HashMap<SeqId, Seat>,
     free_seats: Vec<u32>,
     max_entries: usize,
@@ -185,6 +189,7 @@ impl Cuda {
             device: device.clone(),
             layers: (0..spec.layers).map(|_| Layer::default()).collect(),
             layer_plans: zeros(&stream, spec.layers)?,
+            shared: None,
             seats: HashMap::new(),
             free_seats: (0..seats as u32).rev().collect(),
             staging: Staging::new(&stream),
@@ -231,7 +236,8 @@ impl Cuda {
             what: format!("finds no place: max_sequences={all} sequences hold entries; release one or raise it"),
         })?;
         let observed = (0..self.spec.layers).map(|_| observe::Observed::default()).collect();
-        self.seats.insert(seq, Seat { index, bounds: vec![0; self.spec.layers], observed, dropped: false });
+        self.seats
+            .insert(seq, Seat { index, bounds: vec![0; self.spec.layers], observed, shares: false, dropped: false });
         Ok(index)
     }
 
@@ -265,6 +271,7 @@ impl Cuda {
         }
         let params = PlanParams {
             store: self.memory.store,
+            sharing: self.sharing(),
             spans: self.control().spans(),
             layers: address(&self.layer_plans),
             span_count: self.current.spans.len() as u32,
@@ -272,7 +279,8 @@ impl Cuda {
             layer_count: layers as u32,
         };
         // SAFETY: addresses of memory that this owns, the spans just uploaded.
-        unsafe { self.kernels.plan(&self.stream, &params) }.map_err(driver("planning a step"))
+        unsafe { self.kernels.plan(&self.stream, &params) }.map_err(driver("planning a step"))?;
+        self.copy_pages()
     }
 
     /// Prepares a layer for marks of this kind: a ring for its window, and the age at which marked entries give way.
@@ -514,10 +522,20 @@ impl Storage for Cuda {
         Ok(Box::new(held::Gathered::new(self, layer, spans)))
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, share: &[bool]) -> Result<()> {
+        self.fork_sequence(from, to, share)
+    }
+
+    fn unshare(&mut self, layer: usize, spans: &[Span]) -> Result<()> {
+        self.unshare_layer(layer, spans)
+    }
+
     fn release(&mut self, seq: SeqId) {
+        let sharing = self.sharing();
         let Some(seat) = self.seats.remove(&seq) else { return };
         // SAFETY: the store's own addresses. A launch that fails says so at the next call that can return an error.
-        let launched = unsafe { self.kernels.vacate(&self.stream, self.memory.store, seat.index) };
+        let launched = unsafe { self.kernels.vacate(&self.stream, self.memory.store, sharing, seat.index) };
+        self.forget_last_sharer();
         if launched.is_ok() {
             self.readback.failed[seat.index as usize] = 0;
             self.free_seats.push(seat.index);
@@ -564,14 +582,15 @@ impl Storage for Cuda {
 
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
         let Some(seat) = self.seat_of(seq) else { return vec![0; self.spec.kv_heads] };
-        let row = |head| self.memory.store.row_index(layer, seat, head);
-        (0..self.spec.kv_heads).map(|head| self.memory.row_len(&self.stream, row(head)).unwrap_or(0)).collect()
+        let (first, heads) = (self.memory.store.row_index(layer, seat, 0), self.spec.kv_heads);
+        let lens = self.memory.row_lens(&self.stream, first, heads);
+        lens.map_or_else(|_| vec![0; heads], |lens| lens.into_iter().map(|len| len as usize).collect())
     }
 
     fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32> {
         let Some(seat) = self.seat_of(seq) else { return vec![] };
         let row = self.memory.store.row_index(layer, seat, kv_head);
-        let mut positions = self.memory.row_positions(&self.stream, row).unwrap_or_default();
+        let mut positions = self.memory.row_positions(&self.kernels, &self.stream, row).unwrap_or_default();
         positions.sort_unstable();
         positions
     }

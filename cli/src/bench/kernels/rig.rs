@@ -6,7 +6,8 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 use kvpolicy_kernels::{
     Address, AppendParams, Counters, Dtype, GatherParams, Kernels, LayerPlan, ListedRows, Marks, MassParams,
-    ObserveParams, OrderParams, PlanParams, PrefillParams, PrefillShape, Protect, Ring, Span, Store, TrimParams,
+    ObserveParams, OrderParams, PlanParams, PrefillParams, PrefillShape, Protect, Ring, Sharing, Span, Store,
+    TrimParams,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use std::sync::Arc;
@@ -152,6 +153,7 @@ impl Rig {
     pub(super) fn plan(&self, tokens: &Tokens) -> Result<()> {
         let params = PlanParams {
             store: self.store,
+            sharing: Sharing::default(),
             spans: self.at(&tokens.spans),
             layers: self.at(&self.layer_plans),
             span_count: tokens.list.len() as u32,
@@ -257,7 +259,7 @@ impl Rig {
     pub(super) fn refill(&self) -> Result<()> {
         for seat in 0..self.store.seats {
             // SAFETY: the store's own addresses.
-            unsafe { self.kernels.vacate(&self.stream, self.store, seat) }?;
+            unsafe { self.kernels.vacate(&self.stream, self.store, Sharing::default(), seat) }?;
         }
         self.plan(&self.fill)?;
         (0..self.layers).try_for_each(|layer| self.append(layer, &self.fill))
