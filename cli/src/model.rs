@@ -148,7 +148,7 @@ pub(crate) struct ModelArgs {
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<Hosted> {
         let kv_dtype = self.kv_dtype.map(KvType::dtype);
-        let options = SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None };
+        let options = SessionOptions { kv_dtype, kv_bytes: self.kv_memory, ..SessionOptions::default() };
         Ok(Hosted { lm: self.lm(self.dequantize)?, options })
     }
 

@@ -106,7 +106,7 @@ pub use gates::Gates;
 pub use inspect::{GatesSummary, Inspection, LayerGates, ModelSummary, TensorSummary};
 pub use loader::{Lm, LoadOptions};
 pub use model::Model;
-pub use session::{Session, SessionOptions};
+pub use session::{Chains, Session, SessionOptions};
 pub use shape::{Page, Shape};
 pub use subject::Hosted;
 pub use tokenizer::{TextStream, Tokenizer};
