@@ -122,6 +122,6 @@ pub use policy::{
     When,
 };
 pub use registry::{Entry, Registry};
-pub use spec::{GateSpec, Lag, ModelSpec, PerGate, Rope, RopeLayout};
+pub use spec::{GateSpec, KeyRange, Lag, ModelSpec, PerGate, Rope, RopeLayout};
 pub use stats::{Stats, Usage};
 pub use step::{Phase, SeqId, Span, Step};

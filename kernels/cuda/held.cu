@@ -28,6 +28,7 @@ struct GatherParams {
     ListedRows rows;
     const void *plane; // the store's keys or values
     float *out;        // [listed, heads, max_len, head_dim]
+    const float *key_factors; // [heads, head_dim] that stored components are multiplied by; null for none
     uint32_t values;   // the plane is the values'
 };
 
@@ -121,6 +122,11 @@ template <typename E, int W> __device__ void gather(const GatherParams &p) {
         Piece<float, W> wide;
 #pragma unroll
         for (int e = 0; e < W; e++) wide.x[e] = slot[j] == NONE ? 0.0f : to_float(held[j].x[e]) * factor;
+        if (p.key_factors) {
+            const float *own = p.key_factors + listed % rows.store.heads * rows.store.head_dim + i % pieces * W;
+#pragma unroll
+            for (int e = 0; e < W; e++) wide.x[e] *= own[e];
+        }
         out[i] = wide;
     }
 }

@@ -52,6 +52,8 @@ pub struct GatherParams {
     pub plane: Address,
     /// Out: f32 `[listed, heads, max_len, head_dim]`.
     pub out: Address,
+    /// f32 `[heads, head_dim]`: what stored components are to be multiplied by; 0 for nothing.
+    pub key_factors: Address,
     /// 1 if the plane is the values'.
     pub values: u32,
 }

@@ -22,7 +22,7 @@ mod store;
 mod train;
 mod trim;
 
-pub use append::{AppendParams, Marks};
+pub use append::{AppendParams, Marks, MultiplyParams};
 pub use attend::{DecodeParams, DecodeShape, FAST_HEAD_DIMS, PlainParams};
 pub use fork::{CopyPagesParams, ForkParams, UnshareParams};
 pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, PositionsParams, ScatterParams};

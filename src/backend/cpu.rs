@@ -15,7 +15,7 @@ use crate::{
     backend::{Attention, Backend, Capture, Storage, Tap},
     error::{Error, Result},
     policy::{Budget, Evict, Held, Needs, NewTokens, Protect, Score, Verdict},
-    spec::{Lag, ModelSpec},
+    spec::{KeyRange, Lag, ModelSpec},
     stats::Usage,
     step::{SeqId, Span},
 };
@@ -74,6 +74,8 @@ struct Sequence {
 #[derive(Debug)]
 struct Cpu<E> {
     spec: ModelSpec,
+    /// Of each component of a key, in 8 bits; else none: `[layers, kv_heads, head_dim]`.
+    key_factors: Option<Vec<f32>>,
     pool: Pool<E>,
     needs: Vec<Needs>,
     sequences: HashMap<SeqId, Sequence>,
@@ -88,6 +90,7 @@ impl<E: Element> Cpu<E> {
     fn new(spec: &ModelSpec, config: &CpuConfig) -> Result<Self> {
         Ok(Self {
             spec: spec.clone(),
+            key_factors: spec.key_range.as_ref().filter(|_| E::SCALED).map(KeyRange::factors),
             pool: Pool::new(spec.head_dim, config.page_size, config.limit_bytes)?,
             needs: vec![Needs::default(); spec.layers],
             sequences: HashMap::new(),
@@ -96,6 +99,12 @@ impl<E: Element> Cpu<E> {
             written: 0,
             evicted: 0,
         })
+    }
+
+    /// What the stored components of a head's keys are to be multiplied by, `[head_dim]`.
+    fn key_factors(&self, layer: usize, head: usize) -> Option<&[f32]> {
+        let d = self.spec.head_dim;
+        Some(&self.key_factors.as_ref()?[(layer * self.spec.kv_heads + head) * d..][..d])
     }
 
     fn row(&self, layer: usize, seq: SeqId, head: usize) -> Option<&Row> {
@@ -237,7 +246,12 @@ impl<E: Element> Storage for Cpu<E> {
         verdict: &Verdict,
         protect: Protect,
     ) -> Result<()> {
-        let tokens = Tokens::read(new, verdict)?;
+        let mut tokens = Tokens::read(new, verdict)?;
+        if let Some(factors) = &self.key_factors {
+            let width = self.spec.kv_heads * self.spec.head_dim;
+            let factors = factors[layer * width..][..width].iter().cycle();
+            tokens.k.iter_mut().zip(factors).for_each(|(k, factor)| *k /= factor);
+        }
         for (first, span) in offsets(spans) {
             if self.failures.contains_key(&span.seq) {
                 continue;

@@ -26,7 +26,9 @@ use crate::{
 use attend::DecodeScratch;
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaSlice, CudaStream, DriverError};
-use kvpolicy_kernels::{self as kernels, AppendParams, Dtype, Kernels, LayerPlan, Marks, PlanParams, Ring};
+use kvpolicy_kernels::{
+    self as kernels, AppendParams, Dtype, Kernels, LayerPlan, Marks, MultiplyParams, PlanParams, Ring,
+};
 use memory::{Control, Layout, Memory, Readback, Staging, address, scratch, zeros};
 pub(crate) use memory::{output, tensor_address};
 use std::{collections::HashMap, sync::Arc};
@@ -129,6 +131,8 @@ struct Cuda {
     memory: Memory,
     layers: Vec<Layer>,
     layer_plans: CudaSlice<LayerPlan>,
+    /// As [`KeyRange::factors`](crate::KeyRange::factors), for a store of 8 bits.
+    key_factors: Option<CudaSlice<f32>>,
     shared: Option<fork::Shared>,
     seats: HashMap<SeqId, Seat>,
     free_seats: Vec<u32>,
@@ -189,6 +193,7 @@ impl Cuda {
             device: device.clone(),
             layers: (0..spec.layers).map(|_| Layer::default()).collect(),
             layer_plans: zeros(&stream, spec.layers)?,
+            key_factors: key_factors(spec, dtype, &stream)?,
             shared: None,
             seats: HashMap::new(),
             free_seats: (0..seats as u32).rev().collect(),
@@ -319,6 +324,35 @@ impl Cuda {
         Ok(Strided { address: tensor_address(&tensor)?, stride, _tensor: tensor })
     }
 
+    /// What a layer's keys are divided by, f32 `[kv_heads, head_dim]`; 0 for nothing.
+    fn key_factors(&self, layer: usize) -> kernels::Address {
+        let bytes = 4 * layer * self.spec.kv_heads * self.spec.head_dim;
+        self.key_factors.as_ref().map_or(0, |factors| address(factors) + bytes as u64)
+    }
+
+    /// Queries for keys that were divided; the same where none are.
+    fn multiplied(&self, layer: usize, q: Strided) -> Result<Strided> {
+        let (key_factors, tokens) = (self.key_factors(layer), self.current.tokens);
+        if key_factors == 0 {
+            return Ok(q);
+        }
+        let ModelSpec { q_heads, head_dim, .. } = self.spec;
+        let (out, width) = (output(&[tokens, q_heads, head_dim], self.beside(), &self.device)?, q_heads * head_dim);
+        let params = MultiplyParams {
+            q: q.address,
+            out: tensor_address(&out)?,
+            key_factors,
+            q_stride: q.stride,
+            width: width as u32,
+            head_dim: head_dim as u32,
+            group: self.spec.group() as u32,
+        };
+        // SAFETY: `out` has the shape, and there is a factor for each component of a layer's keys.
+        unsafe { self.kernels.multiply_queries(&self.stream, tokens as u32, &params) }
+            .map_err(driver("multiplying queries"))?;
+        Ok(Strided { address: tensor_address(&out)?, stride: width as u32, _tensor: out })
+    }
+
     /// Whether the kernels that read 4 bytes at a time can read these heads.
     fn even(heads: &Strided) -> bool {
         heads.address.is_multiple_of(16) && heads.stride.is_multiple_of(8)
@@ -352,6 +386,12 @@ fn element(dtype: DType) -> Dtype {
         DType::BF16 => Dtype::Bf16,
         _ => Dtype::F32,
     }
+}
+
+/// On the device what [`KeyRange::factors`](crate::KeyRange::factors) says, where the store has a use for it.
+fn key_factors(spec: &ModelSpec, dtype: DType, stream: &Arc<CudaStream>) -> Result<Option<CudaSlice<f32>>> {
+    let factors = spec.key_range.as_ref().filter(|_| dtype.size_in_bytes() == 1).map(|range| range.factors());
+    factors.map(|factors| stream.clone_htod(&factors).map_err(driver("uploading factors"))).transpose()
 }
 
 fn device_protect(protect: Protect) -> kernels::Protect {
@@ -471,6 +511,7 @@ impl Storage for Cuda {
             v: v.address,
             bits: bits.as_ref().map_or(Ok(0), tensor_address)?,
             scores: scores.as_ref().map_or(Ok(0), tensor_address)?,
+            key_factors: self.key_factors(layer),
             spans: self.control().spans(),
             span_of: self.control().span_of(),
             k_stride: k.stride,

@@ -85,6 +85,7 @@ mod gguf_header;
 #[cfg(feature = "hub")]
 mod hub;
 mod inspect;
+mod key_range;
 mod loader;
 mod model;
 pub mod ops;

@@ -4,11 +4,13 @@ use crate::{
     config::{Arch, Config},
     error::{Error, Result},
     gates::Gates,
+    key_range::key_range,
     ops::{self, Heads, Rotation},
     weights::{Linear, Matrix, Weights},
 };
 use candle_core::{DType, Device, Tensor};
-use kvpolicy::{KvCache, Step};
+use kvpolicy::{KeyRange, KvCache, Step};
+use std::sync::OnceLock;
 
 /// A decoder of one of the families of [`Arch`], without any state: keys and values live in a [`KvCache`]. Clones share
 /// their weights.
@@ -24,6 +26,7 @@ pub struct Model {
     pub(crate) norm: Tensor, // [hidden]
     pub(crate) output: Linear,
     pub(crate) inv_freq: Tensor, // f32 [head_dim / 2]
+    key_range: OnceLock<KeyRange>,
 }
 
 #[derive(Debug, Clone)]
@@ -67,7 +70,7 @@ impl Model {
         };
         let blocks = (0..config.layers).map(|layer| Block::load(layer, &config, weights)).collect::<Result<_>>()?;
         let inv_freq = Tensor::new(config.rope.inv_freq.as_slice(), device)?;
-        Ok(Self { config, embedding, blocks, norm, output, inv_freq })
+        Ok(Self { config, embedding, blocks, norm, output, inv_freq, key_range: OnceLock::new() })
     }
 
     /// Shape and constants.
@@ -78,6 +81,18 @@ impl Model {
     /// Whether its matrices are quantized.
     pub fn is_quantized(&self) -> bool {
         self.blocks.iter().any(|block| matches!(block.qkv, Matrix::Quantized(_)))
+    }
+
+    /// How large the components of its keys become, for a store of 8 bits. The first call reads some tokens.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`].
+    pub fn key_range(&self) -> Result<KeyRange> {
+        if let Some(known) = self.key_range.get() {
+            return Ok(known.clone());
+        }
+        let range = key_range(self)?;
+        Ok(self.key_range.get_or_init(|| range).clone())
     }
 
     /// Where its weights are.

@@ -90,6 +90,9 @@ impl<'a> Session<'a> {
     ) -> Result<Self> {
         let mut spec = model.config().spec();
         spec.gates = gates.as_ref().map(|gates| gates.spec());
+        if options.kv_dtype(model).size_in_bytes() == 1 {
+            spec.key_range = Some(model.key_range()?);
+        }
         let mut cache = KvCache::new(spec.clone(), policy, options.store(model, &spec)?)?;
         let (seq, max_tokens) = (cache.open(), options.max_tokens(model));
         Ok(Self { model, gates, cache, seq, max_tokens, chunk: CHUNK[model.device().is_cuda() as usize] })

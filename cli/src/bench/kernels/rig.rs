@@ -173,6 +173,7 @@ impl Rig {
             v: self.at(&self.v),
             bits: 0,
             scores: self.at(&self.scores),
+            key_factors: 0,
             spans: self.at(&tokens.spans),
             span_of: self.at(&tokens.span_of),
             k_stride: self.store.heads * self.store.head_dim,
@@ -286,8 +287,13 @@ impl Rig {
 
     /// Copies the keys in the order that was found last.
     pub(super) fn gather(&self, layer: usize, tokens: &Tokens) -> Result<()> {
-        let params =
-            GatherParams { rows: self.listed(layer, tokens), plane: self.store.k, out: self.at(&self.out), values: 0 };
+        let params = GatherParams {
+            rows: self.listed(layer, tokens),
+            plane: self.store.k,
+            out: self.at(&self.out),
+            key_factors: 0,
+            values: 0,
+        };
         // SAFETY: as in `plan`; `order` was made, by a layer whose rows are as long.
         Ok(unsafe { self.kernels.gather(&self.stream, Dtype::Bf16, self.batch as u32, &params) }?)
     }
