@@ -14,7 +14,7 @@ pub struct ModelSpec {
     pub kv_heads: usize,
     /// Components of one head.
     pub head_dim: usize,
-    /// How positions are rotated into queries and keys; `None` if the model uses no RoPE.
+    /// How positions are rotated into queries and keys, the same in each layer; `None` if layers differ, or have no RoPE.
     pub rope: Option<Rope>,
     /// The decision gates the model was trained with (DMS); `None` for a plain model.
     pub gates: Option<GateSpec>,

@@ -56,6 +56,8 @@ pub struct ModelSummary {
     pub vocab: usize,
     pub max_context: usize,
     pub tied: bool,
+    /// The layers with a sliding window, and how many tokens it has.
+    pub windows: Option<(usize, u32)>,
 }
 
 /// Gates: where decisions come from and what they mean.
@@ -186,7 +188,9 @@ impl ModelSummary {
     fn of(config: &Config) -> Self {
         let Config { layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied, arch, .. } = *config;
         let architecture = arch.class().to_string();
-        Self { architecture, layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied }
+        let windows: Vec<u32> = (0..layers).filter_map(|layer| config.window(layer)).collect();
+        let windows = windows.first().map(|window| (windows.len(), *window));
+        Self { architecture, layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied, windows }
     }
 
     /// Bytes of one token's keys and values where a component takes so many.

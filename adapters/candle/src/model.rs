@@ -1,4 +1,4 @@
-//! The decoder block that Llama, Qwen2 and Qwen3 share.
+//! The decoder block that all families share.
 
 use crate::{
     config::{Arch, Config},
@@ -23,7 +23,7 @@ pub struct Model {
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: Tensor, // [hidden]
     pub(crate) output: Linear,
-    pub(crate) inv_freq: Tensor, // f32 [head_dim / 2]
+    inv_freq: Vec<Tensor>, // f32 [head_dim / 2]: of most layers, and of `Config::others` if there are any
 }
 
 #[derive(Debug, Clone)]
@@ -37,10 +37,23 @@ pub(crate) struct Block {
     pub(crate) down: Linear,
 }
 
+/// RoPE of the layers at the same positions.
+#[derive(Debug)]
+pub(crate) struct Rotations<'a> {
+    config: &'a Config,
+    kinds: Vec<Rotation>, // of most layers, and of `Config::others`
+}
+
+impl Rotations<'_> {
+    pub(crate) fn of(&self, layer: usize) -> &Rotation {
+        &self.kinds[self.config.is_other(layer) as usize]
+    }
+}
+
 /// What the blocks of one forward pass share.
 struct Pass<'a> {
     config: &'a Config,
-    rotation: Rotation,
+    rotations: Rotations<'a>,
     step: &'a Step,
     cache: &'a mut KvCache,
     gates: Option<&'a Gates>,
@@ -66,7 +79,9 @@ impl Model {
             Linear { matrix: Matrix::Dense(embedding.clone()), bias: None }
         };
         let blocks = (0..config.layers).map(|layer| Block::load(layer, &config, weights)).collect::<Result<_>>()?;
-        let inv_freq = Tensor::new(config.rope.inv_freq.as_slice(), device)?;
+        let others = config.others.iter().map(|others| &others.inv_freq);
+        let inv_freq = std::iter::once(&config.rope.inv_freq).chain(others);
+        let inv_freq = inv_freq.map(|freq| Ok(Tensor::new(freq.as_slice(), device)?)).collect::<Result<_>>()?;
         Ok(Self { config, embedding, blocks, norm, output, inv_freq })
     }
 
@@ -101,10 +116,10 @@ impl Model {
         if tokens.dims() != [step.len()] {
             return Err(Error::Model(format!("tokens of shape {:?} for a step of {}", tokens.dims(), step.len())));
         }
-        let (config, layout) = (&self.config, self.config.rope.layout);
-        let positions = step.positions().to_device(self.device())?;
-        let rotation = Rotation::new(positions, self.inv_freq.clone(), layout, self.embedding.dtype());
-        let mut pass = Pass { config, rotation, step, cache, gates };
+        let config = &self.config;
+        config.check_windows(step, cache)?;
+        let rotations = self.rotations(&step.positions().to_device(self.device())?);
+        let mut pass = Pass { config, rotations, step, cache, gates };
         let (mut x, mut normed) = ops::embed_rms_norm(&self.embedding, tokens, self.norm_before(0), config.rms_eps)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let y = block.attend(layer, &x, &normed, &mut pass)?;
@@ -113,6 +128,13 @@ impl Model {
             (x, normed) = ops::add_rms_norm(&x, &y, self.norm_before(layer + 1), config.rms_eps)?;
         }
         Ok(normed)
+    }
+
+    /// RoPE of the layers at these positions, u32 `[tokens]`.
+    pub(crate) fn rotations(&self, positions: &Tensor) -> Rotations<'_> {
+        let (layout, dtype) = (self.config.rope.layout, self.embedding.dtype());
+        let kinds = self.inv_freq.iter().map(|freq| Rotation::new(positions.clone(), freq.clone(), layout, dtype));
+        Rotations { config: &self.config, kinds: kinds.collect() }
     }
 
     /// The norm that a layer's attention starts with; after the last layer, that of the output.
@@ -185,7 +207,7 @@ impl Block {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let head_norm = |part: &str, weights: &mut Weights| match config.arch {
             Arch::Qwen3 => weights.tensor(&name(&format!("self_attn.{part}.weight")), &[head_dim]).map(Some),
-            Arch::Llama | Arch::Qwen2 => Ok(None),
+            Arch::Llama | Arch::Mistral | Arch::Qwen2 => Ok(None),
         };
         let (q, kv) = (q_heads * head_dim, kv_heads * head_dim);
         let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
@@ -207,10 +229,10 @@ impl Block {
     fn attend(&self, layer: usize, x: &Tensor, normed: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let qkv = self.qkv.product(normed)?;
         let ([q, k, v], logits) = match pass.gates {
-            Some(gates) if gates.borrows_neurons() => self.borrow(&qkv, gates, pass)?,
+            Some(gates) if gates.borrows_neurons() => self.borrow(layer, &qkv, gates, pass)?,
             gates => {
                 let logits = gates.map(|gates| gates.adapt(layer, x)).transpose()?.flatten();
-                (self.heads.finish(qkv, &pass.rotation)?, logits)
+                (self.heads.finish(qkv, pass.rotations.of(layer))?, logits)
             }
         };
         let y = pass.cache.attend(layer, pass.step, &pass.step.tokens(q, k, v, logits))?;
@@ -218,11 +240,12 @@ impl Block {
     }
 
     /// Heads of a model whose gate is a neuron of its queries.
-    fn borrow(&self, qkv: &Tensor, gates: &Gates, pass: &Pass) -> Result<([Tensor; 3], Option<Tensor>)> {
+    fn borrow(&self, layer: usize, qkv: &Tensor, gates: &Gates, pass: &Pass) -> Result<([Tensor; 3], Option<Tensor>)> {
         let [q, k, v] = self.heads.before_rope(qkv)?;
         let (logits, q) = gates.borrow(pass.config, q)?;
-        let q = gates.after_rope(pass.rotation.apply(&q)?)?;
-        Ok(([q, pass.rotation.apply(&k)?, v], Some(logits)))
+        let rotation = pass.rotations.of(layer);
+        let q = gates.after_rope(rotation.apply(&q)?)?;
+        Ok(([q, rotation.apply(&k)?, v], Some(logits)))
     }
 
     fn feed_forward(&self, normed: &Tensor) -> Result<Tensor> {

@@ -73,8 +73,10 @@ impl<'a> Session<'a> {
     ) -> Result<Self> {
         let mut spec = model.config().spec();
         spec.gates = gates.as_ref().map(|gates| gates.spec());
+        let max_tokens = options.max_tokens(model);
+        let policy = model.config().policy(policy, max_tokens)?;
         let mut cache = KvCache::new(spec.clone(), policy, options.store(model, &spec)?)?;
-        let (seq, max_tokens) = (cache.open(), options.max_tokens(model));
+        let seq = cache.open();
         Ok(Self { model, gates, cache, seq, max_tokens, chunk: CHUNK[model.device().is_cuda() as usize] })
     }
 

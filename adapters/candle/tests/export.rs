@@ -104,7 +104,7 @@ fn rows(tensor: &Tensor) -> Vec<Vec<f32>> {
 
 #[test]
 fn a_folder_with_gates_is_the_same_model_again() {
-    for (arch, tied) in [("llama", true), ("llama", false), ("qwen2", false), ("qwen3", true)] {
+    for (arch, tied) in [("llama", true), ("llama", false), ("mistral", false), ("qwen2", false), ("qwen3", true)] {
         let place = Place::new();
         let lm = place.folder(&tiny(arch, tied));
         let done = place.export(&lm, Some(GateLayout::Nvidia)).unwrap();

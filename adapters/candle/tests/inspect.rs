@@ -51,6 +51,15 @@ fn a_dense_model_has_its_shape_and_no_gates() {
 }
 
 #[test]
+fn windows_of_layers_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    for (window, told) in [(json!(8), Some((LAYERS, 8))), (json!(null), None)] {
+        Tiny::new("mistral", 2, HEAD_DIM, false, json!({ "sliding_window": window })).write_dir(dir.path());
+        assert_eq!(inspect(dir.path()).model.unwrap().windows, told);
+    }
+}
+
+#[test]
 fn a_gguf_file_has_the_types_of_its_blocks() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");

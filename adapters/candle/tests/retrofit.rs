@@ -163,6 +163,17 @@ fn weight_gradients_are_the_slopes_of_the_loss() {
     }
 }
 
+#[test]
+fn a_model_with_windows_is_trained_within_them_or_refused() {
+    let json = r#"{"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "vocab_size": 40, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
+        "sliding_window": 12}"#;
+    let model = Model::random(Config::from_json(json).unwrap(), DType::F32, &Device::Cpu, 3).unwrap();
+    assert!(next_token_gradients(&model, &batch(2, 12)).is_ok());
+    let error = next_token_gradients(&model, &batch(2, 13)).unwrap_err().to_string();
+    assert!(error.contains("Mistral") && error.contains("sliding window of 12"), "{error}");
+}
+
 fn settings(steps: u64) -> RunConfig {
     RunConfig {
         schedule: Schedule { context: 32, window: 3, target: 2.5, anneal: 6 },
