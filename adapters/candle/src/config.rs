@@ -14,7 +14,7 @@ const MOST_COMPONENTS: usize = 4096;
 /// The deepest model.
 const MOST_LAYERS: usize = 4096;
 /// Sizes of a sliding window.
-const WINDOWS: RangeInclusive<u32> = 1..=1 << 30;
+const WINDOWS: RangeInclusive<usize> = 1..=1 << 30;
 
 /// The model families this crate defines. They share one block; see [`Config`] for what differs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub enum Arch {
     Llama,
     /// Mistral, whose first version has a sliding window. GGUF files call it llama.
     Mistral,
+    /// Phi-3 and Phi-4 of `model_type: phi3`: q, k and v are one tensor, gate and up another.
+    Phi3,
     /// Qwen2 and Qwen2.5, DeepSeek-R1-Distill-Qwen: biases on q, k and v.
     Qwen2,
     /// Qwen3: RMS norms on each head of q and k.
@@ -40,12 +42,13 @@ struct Names {
 }
 
 impl Arch {
-    const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
+    const ALL: [Self; 5] = [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2, Self::Qwen3];
 
     fn names(self) -> Names {
         match self {
             Self::Llama => Names { hf: "llama", class: "LlamaForCausalLM", gguf: Some("llama") },
             Self::Mistral => Names { hf: "mistral", class: "MistralForCausalLM", gguf: None },
+            Self::Phi3 => Names { hf: "phi3", class: "Phi3ForCausalLM", gguf: Some("phi3") },
             Self::Qwen2 => Names { hf: "qwen2", class: "Qwen2ForCausalLM", gguf: Some("qwen2") },
             Self::Qwen3 => Names { hf: "qwen3", class: "Qwen3ForCausalLM", gguf: Some("qwen3") },
         }
@@ -122,7 +125,44 @@ pub struct OtherLayers {
     pub window: Option<u32>,
 }
 
+impl OtherLayers {
+    /// All layers, if the window ends before the context does.
+    fn with_window(window: Option<usize>, max_context: usize, layers: usize, inv_freq: &[f32]) -> Result<Option<Self>> {
+        let Some(window) = window.filter(|&window| window < max_context) else { return Ok(None) };
+        if !WINDOWS.contains(&window) {
+            let (least, most) = (WINDOWS.start(), WINDOWS.end());
+            return Err(Error::Model(format!("sliding_window={window} is not accepted: {least}..={most}")));
+        }
+        Ok(Some(Self { which: vec![true; layers], inv_freq: inv_freq.to_vec(), window: Some(window as u32) }))
+    }
+}
+
+/// A projection of a block as it is computed here.
+pub(crate) struct Projection {
+    pub(crate) name: &'static str,
+    /// Those of the files, one after the other: Hugging Face's names, and the rows of each.
+    pub(crate) parts: Vec<(&'static str, usize)>,
+}
+
 impl Config {
+    /// q, k and v; the attention output; gate and up; down.
+    pub(crate) fn projections(&self) -> [Projection; 4] {
+        let (q, kv, ffn) = (self.q_heads * self.head_dim, self.kv_heads * self.head_dim, self.ffn);
+        let (qkv, gate_up) = match self.arch {
+            Arch::Phi3 => (vec![("self_attn.qkv_proj", q + 2 * kv)], vec![("mlp.gate_up_proj", 2 * ffn)]),
+            _ => (
+                vec![("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+                vec![("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)],
+            ),
+        };
+        [
+            Projection { name: "qkv", parts: qkv },
+            Projection { name: "o", parts: vec![("self_attn.o_proj", self.hidden)] },
+            Projection { name: "gate_up", parts: gate_up },
+            Projection { name: "down", parts: vec![("mlp.down_proj", self.hidden)] },
+        ]
+    }
+
     /// What a cache must know. Its `rope` is `None` where layers differ in theirs.
     pub fn spec(&self) -> ModelSpec {
         let mut spec = ModelSpec::new(self.layers, self.q_heads, self.kv_heads, self.head_dim);
@@ -149,11 +189,6 @@ impl Config {
             if !(1..=u32::MAX as usize).contains(&n) {
                 faults.push(format!("{name}={n} is not accepted: 1 or more, below 2^32"));
             }
-        }
-        if let Some(window) = self.others.as_ref().and_then(|others| others.window)
-            && !WINDOWS.contains(&window)
-        {
-            faults.push(format!("sliding_window={window} is not accepted: {}..={}", WINDOWS.start(), WINDOWS.end()));
         }
         let others = self.others.iter().flat_map(|others| &others.inv_freq);
         if self.rope.inv_freq.iter().chain(others).any(|freq| !freq.is_finite()) {
@@ -231,6 +266,27 @@ mod tests {
     }
 
     #[test]
+    fn frequencies_that_depend_on_the_context_are_refused_in_gguf() {
+        let number = |n: u32| Value::U32(n);
+        let mut metadata: HashMap<String, Value> = [
+            ("embedding_length", number(64)),
+            ("attention.head_count", number(4)),
+            ("feed_forward_length", number(96)),
+            ("block_count", number(2)),
+            ("attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+            ("context_length", number(4096)),
+            ("vocab_size", number(128)),
+        ]
+        .map(|(key, value)| (format!("phi3.{key}"), value))
+        .into();
+        metadata.insert("general.architecture".into(), Value::String("phi3".into()));
+        assert!(Config::from_gguf(&metadata, |_| false, None).is_ok());
+        let long = |name: &str| name == "rope_factors_long.weight";
+        let error = Config::from_gguf(&metadata, long, None).unwrap_err().to_string();
+        assert!(error.contains("rope_factors_long"), "{error}");
+    }
+
+    #[test]
     fn names_what_it_cannot_use() {
         for (from, to, word) in [
             ("qwen3", "mamba", "`mamba` is not supported: llama, mistral"),
@@ -240,6 +296,12 @@ mod tests {
             ("\"num_attention_heads\":4", "\"num_attention_heads\":0", "q_heads=0"),
             ("\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"yarn\"},\"rope_theta\"", "yarn"),
             ("\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"llama3\"},\"rope_theta\"", "factor"),
+            (
+                "\"rope_theta\"",
+                "\"rope_scaling\":{\"type\":\"longrope\"},\"rope_theta\"",
+                "original_max_position_embeddings",
+            ),
+            ("\"rope_theta\"", "\"partial_rotary_factor\":0.75,\"rope_theta\"", "partial_rotary_factor=0.75"),
             ("\"rope_theta\"", "\"use_sliding_window\":true,\"rope_theta\"", "use_sliding_window"),
             ("\"head_dim\":16", "\"head_dim\":1152921504606846976", "head_dim=1152921504606846976"),
             ("\"vocab_size\":128", "\"vocab_size\":0", "vocab_size=0"),

@@ -1,7 +1,7 @@
 //! The decoder block that all families share.
 
 use crate::{
-    config::{Arch, Config},
+    config::{Arch, Config, Projection},
     error::{Error, Result},
     gates::Gates,
     ops::{self, Heads, Rotation},
@@ -207,21 +207,23 @@ impl Block {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let head_norm = |part: &str, weights: &mut Weights| match config.arch {
             Arch::Qwen3 => weights.tensor(&name(&format!("self_attn.{part}.weight")), &[head_dim]).map(Some),
-            Arch::Llama | Arch::Mistral | Arch::Qwen2 => Ok(None),
+            _ => Ok(None),
         };
-        let (q, kv) = (q_heads * head_dim, kv_heads * head_dim);
-        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
-        let qkv = weights.joined(&qkv.map(|(part, width)| (name(part), width)), hidden, qkv_bias)?;
+        let [qkv, o, gate_up, down] = config.projections();
+        let project = |projection: Projection, input: usize, bias: bool, weights: &mut Weights| {
+            let parts: Vec<_> = projection.parts.into_iter().map(|(part, rows)| (name(part), rows)).collect();
+            weights.joined(&parts, input, bias)
+        };
+        let qkv = project(qkv, hidden, qkv_bias, weights)?;
         let (q_norm, k_norm) = (head_norm("q_norm", weights)?, head_norm("k_norm", weights)?);
-        let gate_up = [(name("mlp.gate_proj"), ffn), (name("mlp.up_proj"), ffn)];
         Ok(Self {
             attention_norm: weights.tensor(&name("input_layernorm.weight"), &[hidden])?,
             qkv: qkv.matrix,
             heads: Heads { q_heads, kv_heads, head_dim, bias: qkv.bias, q_norm, k_norm, eps: config.rms_eps },
-            o: weights.linear(&name("self_attn.o_proj"), q, hidden, o_bias)?,
+            o: project(o, q_heads * head_dim, o_bias, weights)?,
             mlp_norm: weights.tensor(&name("post_attention_layernorm.weight"), &[hidden])?,
-            gate_up: weights.joined(&gate_up, hidden, mlp_bias)?,
-            down: weights.linear(&name("mlp.down_proj"), ffn, hidden, mlp_bias)?,
+            gate_up: project(gate_up, hidden, mlp_bias, weights)?,
+            down: project(down, ffn, mlp_bias, weights)?,
         })
     }
 

@@ -6,7 +6,7 @@ use crate::{
 };
 
 /// Names and the fields of `config.json` that matter here.
-const PRESETS: [(&str, &str); 8] = [
+const PRESETS: [(&str, &str); 9] = [
     (
         "llama-3.2-1b",
         r#"{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -39,6 +39,13 @@ const PRESETS: [(&str, &str); 8] = [
         "eos_token_id": 2}"#,
     ),
     (
+        "phi-4",
+        r#"{"model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 10, "vocab_size": 100352, "rms_norm_eps": 1e-5,
+        "rope_theta": 250000.0, "sliding_window": null, "max_position_embeddings": 16384, "tie_word_embeddings": false,
+        "eos_token_id": 100265}"#,
+    ),
+    (
         "qwen-r1-1.5b", // DeepSeek-R1-Distill-Qwen-1.5B
         r#"{"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "rms_norm_eps": 1e-6,
@@ -67,7 +74,7 @@ const PRESETS: [(&str, &str); 8] = [
 
 impl Config {
     /// The published shape of a model: `llama-3.2-1b`, `llama-3.2-3b`, `llama-3.1-8b`, `mistral-7b`,
-    /// `qwen-r1-1.5b` (DeepSeek-R1-Distill-Qwen-1.5B), `qwen3-0.6b`, `qwen3-8b`, `smollm2-135m`.
+    /// `phi-4`, `qwen-r1-1.5b` (DeepSeek-R1-Distill-Qwen-1.5B), `qwen3-0.6b`, `qwen3-8b`, `smollm2-135m`.
     ///
     /// # Errors
     /// [`Error::Model`] with the names that are known, if this is none of them.
@@ -94,6 +101,7 @@ mod tests {
             ("llama-3.2-3b", 3212),
             ("llama-3.1-8b", 8029),
             ("mistral-7b", 7247),
+            ("phi-4", 14_659),
             ("qwen-r1-1.5b", 1776),
             ("qwen3-0.6b", 595),
             ("qwen3-8b", 8190),

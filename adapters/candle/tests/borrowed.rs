@@ -143,6 +143,7 @@ fn decisions_are_those_of_the_training() {
         ("qwen3", 2, File::Folder, PerGate::Head, Trains::Gates),
         ("qwen3", 4, File::Folder, PerGate::Head, Trains::Gates),
         ("llama", 1, File::Folder, PerGate::Head, Trains::Gates),
+        ("phi3", 2, File::Folder, PerGate::Head, Trains::Gates),
         ("qwen2", 2, File::Folder, PerGate::Layer, Trains::Full),
         ("qwen3", 2, File::Folder, PerGate::Head, Trains::Full),
         ("llama", 2, File::Gguf, PerGate::Head, Trains::Lora { rank: 4 }),

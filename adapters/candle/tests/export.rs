@@ -104,7 +104,9 @@ fn rows(tensor: &Tensor) -> Vec<Vec<f32>> {
 
 #[test]
 fn a_folder_with_gates_is_the_same_model_again() {
-    for (arch, tied) in [("llama", true), ("llama", false), ("mistral", false), ("qwen2", false), ("qwen3", true)] {
+    for (arch, tied) in
+        [("llama", true), ("llama", false), ("mistral", false), ("phi3", true), ("qwen2", false), ("qwen3", true)]
+    {
         let place = Place::new();
         let lm = place.folder(&tiny(arch, tied));
         let done = place.export(&lm, Some(GateLayout::Nvidia)).unwrap();
@@ -178,7 +180,7 @@ fn pages_are_shorter_than_the_window() {
 
 #[test]
 fn a_gguf_file_becomes_a_folder() {
-    for arch in ["llama", "qwen2", "qwen3"] {
+    for arch in ["llama", "phi3", "qwen2", "qwen3"] {
         let place = Place::new();
         let lm = place.gguf(&tiny(arch, arch == "qwen3"));
         place.export(&lm, None).unwrap();

@@ -149,6 +149,23 @@ fn mistral_equals_candle_transformers() {
     }
 }
 
+fn phi3(tiny: &Tiny) -> Theirs {
+    let config: theirs::phi3::Config = serde_json::from_value(tiny.config()).unwrap();
+    let mut model = theirs::phi3::Model::new(&config, variables(tiny)).unwrap();
+    Box::new(move |x, offset| model.forward(x, offset).unwrap())
+}
+
+#[test]
+fn phi3_equals_candle_transformers() {
+    for (kv_heads, tied) in [(2, false), (4, true), (1, false)] {
+        let tiny = Tiny::new("phi3", kv_heads, HIDDEN / HEADS, tied, json!({ "partial_rotary_factor": 1.0 }));
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, what) = (safetensors(&tiny, dir.path()), format!("phi3 kv_heads={kv_heads}"));
+        assert_equal(&what, &ours, &mut phi3(&tiny), 1e-4);
+        assert_same_text(&what, &ours, &mut phi3(&tiny));
+    }
+}
+
 /// candle-transformers shows a query one token more than its window, and applies it to prompts only: a model of its own
 /// for each length, with a window of one less, reads all as a prompt.
 #[test]
@@ -174,10 +191,13 @@ fn a_sliding_window_equals_candle_transformers() {
     assert_eq!((session.cache().live(0, session.seq()), at), (vec![WINDOW; 2], 40));
 }
 
+/// What candle-transformers reads of GGUF: architecture, components of a head, whether the output is the embedding.
+const QUANTIZED: [(&str, usize, bool); 5] =
+    [("llama", 16, true), ("llama", 16, false), ("qwen2", 16, true), ("qwen3", 32, false), ("phi3", 16, false)];
+
 #[test]
 fn gguf_models_equal_candle_transformers() {
-    for (arch, head_dim, tied) in [("llama", 16, true), ("llama", 16, false), ("qwen2", 16, true), ("qwen3", 32, false)]
-    {
+    for (arch, head_dim, tied) in QUANTIZED {
         let tiny = Tiny::new(arch, 2, head_dim, tied, json!({}));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
@@ -209,9 +229,7 @@ fn quantized_models_equal_candle_transformers_up_to_rounded_activations() {
 
 fn quantized_models_agree_within(tolerance: f32) {
     for matrices in [GgmlDType::Q8_0, GgmlDType::Q4_1] {
-        for (arch, head_dim, tied) in
-            [("llama", 16, true), ("llama", 16, false), ("qwen2", 16, true), ("qwen3", 32, false)]
-        {
+        for (arch, head_dim, tied) in QUANTIZED {
             let tiny = Tiny::new(arch, 2, head_dim, tied, json!({}));
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("model.gguf");
@@ -230,6 +248,11 @@ fn quantized(arch: &str, path: &Path) -> Theirs {
     match arch {
         "llama" => {
             let mut model = theirs::quantized_llama::ModelWeights::from_gguf(content, &mut file, &device).unwrap();
+            Box::new(move |x, offset| model.forward(x, offset).unwrap())
+        }
+        "phi3" => {
+            let model = theirs::quantized_phi3::ModelWeights::from_gguf(false, content, &mut file, &device);
+            let mut model = model.unwrap();
             Box::new(move |x, offset| model.forward(x, offset).unwrap())
         }
         "qwen2" => {

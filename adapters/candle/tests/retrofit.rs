@@ -147,7 +147,7 @@ fn gate_gradients_are_the_slopes_of_the_loss() {
 
 #[test]
 fn weight_gradients_are_the_slopes_of_the_loss() {
-    for family in ["llama", "qwen2", "qwen3"] {
+    for family in ["llama", "phi3", "qwen2", "qwen3"] {
         let mut model = model(family);
         let batch = batch(2, 13);
         let params = model.parameters().unwrap();

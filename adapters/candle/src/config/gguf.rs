@@ -1,6 +1,6 @@
 //! A configuration from the metadata of a GGUF file.
 
-use super::{Arch, Config, checked_layers, divide, inverse_frequencies};
+use super::{Arch, Config, OtherLayers, checked_layers, divide, inverse_frequencies};
 use crate::error::{Error, Result};
 use candle_core::quantized::gguf_file::Value;
 use kvpolicy::{Rope, RopeLayout};
@@ -45,6 +45,18 @@ impl Config {
             }
             Ok(other) => return Err(Error::Model(format!("rope scaling `{other}` is not supported: linear"))),
         }
+        if has("rope_factors_long.weight") {
+            return Err(Error::Model(
+                "rope_factors_long.weight: RoPE that depends on the context is not supported".into(),
+            ));
+        }
+        let (layers, max_context) = (checked_layers(number("block_count")?)?, number("context_length")?);
+        let others = match arch {
+            Arch::Phi3 => {
+                OtherLayers::with_window(number("attention.sliding_window").ok(), max_context, layers, &inv_freq)?
+            }
+            Arch::Llama | Arch::Mistral | Arch::Qwen2 | Arch::Qwen3 => None,
+        };
         let vocab = match metadata.get("tokenizer.ggml.tokens") {
             Some(tokens) => tokens.to_vec()?.len(),
             None => number("vocab_size")?,
@@ -53,7 +65,7 @@ impl Config {
             arch,
             hidden,
             ffn: number("feed_forward_length")?,
-            layers: checked_layers(number("block_count")?)?,
+            layers,
             q_heads,
             kv_heads: number("attention.head_count_kv").unwrap_or(q_heads),
             head_dim,
@@ -63,8 +75,8 @@ impl Config {
                 inv_freq,
                 layout: if arch == Arch::Llama { RopeLayout::Interleaved } else { RopeLayout::HalfSplit },
             },
-            others: None,
-            max_context: number("context_length")?,
+            others,
+            max_context,
             tied: !has("output.weight"),
             qkv_bias: arch == Arch::Qwen2 || has("blk.0.attn_q.bias"),
             o_bias: has("blk.0.attn_output.bias"),

@@ -47,7 +47,8 @@ struct HfConfig {
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     use_sliding_window: Option<bool>,
-    sliding_window: Option<u32>,
+    sliding_window: Option<usize>,
+    partial_rotary_factor: Option<f64>,
     hidden_act: Option<String>,
     eos_token_id: Option<OneOrMany>,
 }
@@ -81,6 +82,11 @@ impl HfConfig {
         if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
             return Err(Error::Model(format!("hidden_act={act} is not supported: silu")));
         }
+        if let Some(factor) = self.partial_rotary_factor.filter(|factor| *factor != 1.0) {
+            return Err(Error::Model(format!(
+                "partial_rotary_factor={factor} is not supported: RoPE over the whole head"
+            )));
+        }
         let head_dim = self.head_dim.map_or_else(|| divide(self.hidden_size, self.num_attention_heads), Ok)?;
         let rope = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
         let theta = self.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(10_000.0);
@@ -89,7 +95,7 @@ impl HfConfig {
             None => inverse_frequencies(theta, head_dim)?,
         };
         let layers = checked_layers(self.num_hidden_layers)?;
-        let others = self.others(arch, layers, &inv_freq);
+        let others = self.others(arch, layers, &inv_freq)?;
         let bias = self.attention_bias.unwrap_or(false);
         let config = Config {
             arch,
@@ -118,14 +124,12 @@ impl HfConfig {
     }
 
     /// `inv_freq`: of the rest.
-    fn others(&self, arch: Arch, layers: usize, inv_freq: &[f32]) -> Option<OtherLayers> {
+    fn others(&self, arch: Arch, layers: usize, inv_freq: &[f32]) -> Result<Option<OtherLayers>> {
         match arch {
             // The Qwen files name a window that `use_sliding_window` switches off.
-            Arch::Llama | Arch::Qwen2 | Arch::Qwen3 => None,
-            Arch::Mistral => {
-                let ends = |window: &u32| (*window as usize) < self.max_position_embeddings;
-                let window = Some(self.sliding_window.filter(ends)?);
-                Some(OtherLayers { which: vec![true; layers], inv_freq: inv_freq.to_vec(), window })
+            Arch::Llama | Arch::Qwen2 | Arch::Qwen3 => Ok(None),
+            Arch::Mistral | Arch::Phi3 => {
+                OtherLayers::with_window(self.sliding_window, self.max_position_embeddings, layers, inv_freq)
             }
         }
     }
@@ -157,6 +161,12 @@ impl HfRope {
                 });
                 Ok(scaled.collect())
             }
+            // A cache holds keys as they were turned when they came.
+            "longrope" | "su" => Err(Error::Model(
+                "rope_type=longrope is not supported: all keys turn otherwise once the context is longer than \
+                 original_max_position_embeddings"
+                    .into(),
+            )),
             other => Err(Error::Model(format!("rope_type={other} is not supported: default, linear or llama3"))),
         }
     }

@@ -53,6 +53,9 @@ impl Config {
             "torch_dtype": "bfloat16",
         }));
         fields.extend(object(match self.arch {
+            Arch::Phi3 => {
+                json!({ "sliding_window": self.window(0), "original_max_position_embeddings": self.max_context })
+            }
             Arch::Llama | Arch::Mistral => json!({ "mlp_bias": self.mlp_bias }),
             // Their loaders ask for these.
             Arch::Qwen2 | Arch::Qwen3 => {

@@ -74,6 +74,9 @@ impl Tiny {
                 }
             }
         }
+        if arch == "phi3" {
+            tensors = merged(tensors);
+        }
         Self { arch, kv_heads, head_dim, tied, extra, tensors }
     }
 
@@ -139,7 +142,7 @@ impl Tiny {
         let (tokens, types): (Vec<_>, Vec<_>) = tokens.map(|(token, kind)| (String(token), I32(kind))).unzip();
         let template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-        let metadata = [
+        let mut metadata = vec![
             ("tokenizer.ggml.model".to_string(), String("gpt2".to_string())),
             ("tokenizer.ggml.pre".to_string(), String("default".to_string())),
             ("tokenizer.ggml.tokens".to_string(), Array(tokens)),
@@ -160,6 +163,9 @@ impl Tiny {
             (key("rope.freq_base"), F32(10000.0)),
             (key("context_length"), U32(512)),
         ];
+        if let (Some(window), true) = (self.extra["sliding_window"].as_u64(), self.arch != "llama") {
+            metadata.push((key("attention.sliding_window"), U32(window as u32)));
+        }
         let quantize = |name: &std::string::String, tensor: &Tensor| {
             let dtype = if tensor.dims().len() == 2 { matrices } else { GgmlDType::F32 };
             (gguf_name(name), QTensor::quantize(tensor, dtype).unwrap())
@@ -182,14 +188,32 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.q_norm", "attn_q_norm"),
         ("self_attn.k_norm", "attn_k_norm"),
         ("self_attn.o_proj", "attn_output"),
+        ("self_attn.qkv_proj", "attn_qkv"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
+        ("mlp.gate_up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
     ];
     pairs.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
+}
+
+/// Phi-3's: q, k and v in one tensor, gate and up in another.
+fn merged(mut tensors: HashMap<String, Tensor>) -> HashMap<String, Tensor> {
+    let joins: [(&str, &[&str]); 2] = [
+        ("self_attn.qkv_proj", &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]),
+    ];
+    for layer in 0..LAYERS {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        for (whole, parts) in joins {
+            let parts: Vec<Tensor> = parts.iter().map(|part| tensors.remove(&name(part)).unwrap()).collect();
+            tensors.insert(name(whole), Tensor::cat(&parts, 0).unwrap());
+        }
+    }
+    tensors
 }
 
 /// The character that stands for a byte in a byte-level vocabulary.
