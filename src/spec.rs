@@ -61,7 +61,7 @@ impl ModelSpec {
 pub enum RopeLayout {
     /// Pair i is (i, i + head_dim/2): safetensors of every architecture, GGUF of qwen.
     HalfSplit,
-    /// Pair i is (2i, 2i + 1): GGUF of llama.
+    /// Pair i is (2i, 2i + 1): GGUF of llama and smollm3.
     Interleaved,
 }
 

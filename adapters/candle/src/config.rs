@@ -29,6 +29,8 @@ pub enum Arch {
     Qwen2,
     /// Qwen3: RMS norms on each head of q and k.
     Qwen3,
+    /// SmolLM3: some layers without RoPE.
+    SmolLm3,
 }
 
 /// What a family is called.
@@ -42,7 +44,7 @@ struct Names {
 }
 
 impl Arch {
-    const ALL: [Self; 5] = [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2, Self::Qwen3];
+    const ALL: [Self; 6] = [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2, Self::Qwen3, Self::SmolLm3];
 
     fn names(self) -> Names {
         match self {
@@ -51,6 +53,7 @@ impl Arch {
             Self::Phi3 => Names { hf: "phi3", class: "Phi3ForCausalLM", gguf: Some("phi3") },
             Self::Qwen2 => Names { hf: "qwen2", class: "Qwen2ForCausalLM", gguf: Some("qwen2") },
             Self::Qwen3 => Names { hf: "qwen3", class: "Qwen3ForCausalLM", gguf: Some("qwen3") },
+            Self::SmolLm3 => Names { hf: "smollm3", class: "SmolLM3ForCausalLM", gguf: Some("smollm3") },
         }
     }
 
@@ -126,6 +129,12 @@ pub struct OtherLayers {
 }
 
 impl OtherLayers {
+    /// Those that have no RoPE, if there are any: nothing turns.
+    fn without_rope(which: Vec<bool>, inv_freq: &[f32]) -> Option<Self> {
+        let any = which.contains(&true);
+        any.then(|| Self { which, inv_freq: vec![0.0; inv_freq.len()], window: None })
+    }
+
     /// All layers, if the window ends before the context does.
     fn with_window(window: Option<usize>, max_context: usize, layers: usize, inv_freq: &[f32]) -> Result<Option<Self>> {
         let Some(window) = window.filter(|&window| window < max_context) else { return Ok(None) };
@@ -213,6 +222,14 @@ fn checked_layers(layers: usize) -> Result<usize> {
     }
 }
 
+/// SmolLM3's layers without RoPE, where no list names them.
+fn every_nth(layers: usize, n: usize) -> Vec<bool> {
+    (1..=layers).map(|layer| n > 0 && layer.is_multiple_of(n)).collect()
+}
+
+/// SmolLM3: which layer of how many has no RoPE.
+const WITHOUT_ROPE: usize = 4;
+
 fn inverse_frequencies(theta: f64, head_dim: usize) -> Result<Vec<f32>> {
     if !(1..=MOST_COMPONENTS).contains(&head_dim) {
         return Err(Error::Model(format!("head_dim={head_dim} is not accepted: 1..={MOST_COMPONENTS}")));
@@ -239,7 +256,9 @@ mod tests {
         let config = Config::from_json(QWEN3).unwrap();
         assert_eq!((config.arch, config.qkv_bias, config.eos.len(), config.head_dim), (Arch::Qwen3, false, 2, 16));
         let qwen2 = Config::from_json(&QWEN3.replace("qwen3", "qwen2")).unwrap();
-        assert!(qwen2.qkv_bias && !qwen2.o_bias);
+        assert!(qwen2.qkv_bias && !qwen2.o_bias && !qwen2.tied);
+        let smollm3 = Config::from_json(&QWEN3.replace("qwen3", "smollm3")).unwrap();
+        assert!(smollm3.tied && smollm3.others.is_none() && smollm3.spec().rope.is_some());
     }
 
     #[test]
@@ -306,6 +325,7 @@ mod tests {
             ("\"head_dim\":16", "\"head_dim\":1152921504606846976", "head_dim=1152921504606846976"),
             ("\"vocab_size\":128", "\"vocab_size\":0", "vocab_size=0"),
             ("1000000.0", "0.0", "rope_theta=0"),
+            ("\"qwen3\"", "\"smollm3\",\"no_rope_layers\":[1]", "no_rope_layers names 1 layers of 2"),
             ("{", "", "config.json"),
         ] {
             let error = Config::from_json(&QWEN3.replacen(from, to, 1)).unwrap_err().to_string();

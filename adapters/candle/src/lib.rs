@@ -1,4 +1,4 @@
-//! Llama, Mistral, Phi-3, Qwen2 and Qwen3 on candle, their keys and values in a [`kvpolicy::KvCache`].
+//! Llama, Mistral, Phi-3, Qwen2, Qwen3 and SmolLM3 on candle, their keys and values in a [`kvpolicy::KvCache`].
 //!
 //! # A first model
 //!

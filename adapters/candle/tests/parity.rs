@@ -166,6 +166,45 @@ fn phi3_equals_candle_transformers() {
     }
 }
 
+fn smollm3(tiny: &Tiny) -> Theirs {
+    let config: theirs::smol::smollm3::Config = serde_json::from_value(tiny.config()).unwrap();
+    let mut model = theirs::smol::smollm3::ModelForCausalLM::new(&config, variables(tiny)).unwrap();
+    Box::new(move |x, offset| model.forward(x, offset).unwrap())
+}
+
+#[test]
+fn smollm3_equals_candle_transformers() {
+    for (kv_heads, tied, without_rope, layers) in [
+        (2, false, json!({ "no_rope_layers": [1, 0] }), [false, true]),
+        (4, true, json!({ "no_rope_layers": [0, 1, 1, 0] }), [true, false]),
+        (1, true, json!({ "no_rope_layer_interval": 1 }), [true, true]),
+        (1, true, json!({ "no_rope_layer_interval": 4 }), [false, false]),
+    ] {
+        let tiny = Tiny::new("smollm3", kv_heads, HIDDEN / HEADS, tied, without_rope);
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, what) = (safetensors(&tiny, dir.path()), format!("smollm3 kv_heads={kv_heads} {layers:?}"));
+        let others = ours.config().others.as_ref().map(|others| others.which.clone());
+        assert_eq!(others.unwrap_or_default(), if layers == [false; 2] { vec![] } else { layers.to_vec() });
+        assert_equal(&what, &ours, &mut smollm3(&tiny), 1e-4);
+        assert_same_text(&what, &ours, &mut smollm3(&tiny));
+    }
+}
+
+/// candle-transformers reads a GGUF file of SmolLM3 for heads of 128 components alone, and rounds to 8 bits: the model of the
+/// same weights in safetensors stands for it.
+#[test]
+fn a_gguf_file_of_smollm3_is_the_same_model() {
+    let tiny =
+        Tiny::new("smollm3", 2, HIDDEN / HEADS, true, json!({ "num_hidden_layers": 5, "no_rope_layer_interval": 4 }));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    tiny.write_gguf(&path, GgmlDType::F32);
+    let (gguf, folder) = (Model::from_gguf(&path, &LoadOptions::default()).unwrap(), safetensors(&tiny, dir.path()));
+    let which = folder.config().others.as_ref().map(|others| others.which.clone());
+    assert_eq!(which, Some(vec![false, false, false, true, false]));
+    assert_equal("smollm3", &gguf, &mut smollm3(&tiny), 1e-4);
+}
+
 /// candle-transformers shows a query one token more than its window, and applies it to prompts only: a model of its own
 /// for each length, with a window of one less, reads all as a prompt.
 #[test]

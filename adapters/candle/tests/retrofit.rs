@@ -29,6 +29,7 @@ fn config(family: &str) -> Config {
             "model_type": family, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 40, "rms_norm_eps": 1e-6,
             "rope_theta": 1000.0, "max_position_embeddings": 512, "tie_word_embeddings": family == "llama",
+            "no_rope_layer_interval": 2,
         })
         .to_string(),
     )
@@ -147,7 +148,7 @@ fn gate_gradients_are_the_slopes_of_the_loss() {
 
 #[test]
 fn weight_gradients_are_the_slopes_of_the_loss() {
-    for family in ["llama", "phi3", "qwen2", "qwen3"] {
+    for family in ["llama", "phi3", "qwen2", "qwen3", "smollm3"] {
         let mut model = model(family);
         let batch = batch(2, 13);
         let params = model.parameters().unwrap();

@@ -1,4 +1,4 @@
-//! Sliding windows that belong to a model beside policies.
+//! Layers that differ, beside policies: sliding windows of the model, and RoPE.
 #![allow(clippy::unwrap_used)]
 
 #[path = "common/tiny.rs"]
@@ -65,6 +65,22 @@ fn a_gguf_file_has_its_window() {
     }
     Tiny::new("llama", 2, 16, false, json!({ "sliding_window": WINDOW })).write_gguf(&path, GgmlDType::F32);
     assert_eq!(Model::from_gguf(&path, &LoadOptions::default()).unwrap().config().window(0), None);
+}
+
+/// What undoes RoPE must know the one of each layer.
+#[test]
+fn a_policy_that_undoes_rope_is_refused_where_layers_differ_in_it() {
+    for (interval, runs) in [(4, true), (2, false)] {
+        let tiny = Tiny::new("smollm3", 2, 16, true, json!({ "no_rope_layer_interval": interval }));
+        let dir = tempfile::tempdir().unwrap();
+        tiny.write_dir(dir.path());
+        let model = Model::from_dir(dir.path(), &LoadOptions::default()).unwrap().0;
+        match session(&model, "expected-attention:budget=5", 64) {
+            Ok(_) => assert!(runs),
+            Err(error) => assert!(!runs && error.contains("no RoPE to average, or not the same"), "{error}"),
+        }
+        assert!(session(&model, "keydiff:budget=5", 64).is_ok());
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A configuration from the metadata of a GGUF file.
 
-use super::{Arch, Config, OtherLayers, checked_layers, divide, inverse_frequencies};
+use super::{Arch, Config, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth, inverse_frequencies};
 use crate::error::{Error, Result};
 use candle_core::quantized::gguf_file::Value;
 use kvpolicy::{Rope, RopeLayout};
@@ -55,6 +55,7 @@ impl Config {
             Arch::Phi3 => {
                 OtherLayers::with_window(number("attention.sliding_window").ok(), max_context, layers, &inv_freq)?
             }
+            Arch::SmolLm3 => OtherLayers::without_rope(every_nth(layers, WITHOUT_ROPE), &inv_freq),
             Arch::Llama | Arch::Mistral | Arch::Qwen2 | Arch::Qwen3 => None,
         };
         let vocab = match metadata.get("tokenizer.ggml.tokens") {
@@ -73,7 +74,10 @@ impl Config {
             rms_eps: real(metadata, &key("attention.layer_norm_rms_epsilon"))?,
             rope: Rope {
                 inv_freq,
-                layout: if arch == Arch::Llama { RopeLayout::Interleaved } else { RopeLayout::HalfSplit },
+                layout: match arch {
+                    Arch::Llama | Arch::Mistral | Arch::SmolLm3 => RopeLayout::Interleaved,
+                    Arch::Phi3 | Arch::Qwen2 | Arch::Qwen3 => RopeLayout::HalfSplit,
+                },
             },
             others,
             max_context,

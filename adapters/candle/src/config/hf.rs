@@ -1,6 +1,6 @@
 //! A configuration from Hugging Face's `config.json`.
 
-use super::{Arch, Config, OtherLayers, checked_layers, divide, inverse_frequencies};
+use super::{Arch, Config, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth, inverse_frequencies};
 use crate::error::{Error, Result};
 use kvpolicy::{Rope, RopeLayout};
 use serde::Deserialize;
@@ -42,13 +42,15 @@ struct HfConfig {
     /// The newer place of both.
     rope_parameters: Option<HfRope>,
     max_position_embeddings: usize,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     use_sliding_window: Option<bool>,
     sliding_window: Option<usize>,
     partial_rotary_factor: Option<f64>,
+    /// 0 for a layer without RoPE, 1 for one with it.
+    no_rope_layers: Option<Vec<u8>>,
+    no_rope_layer_interval: Option<usize>,
     hidden_act: Option<String>,
     eos_token_id: Option<OneOrMany>,
 }
@@ -72,6 +74,17 @@ struct HfRope {
     original_max_position_embeddings: Option<f32>,
 }
 
+/// What a family takes for granted where a file does not say.
+impl Arch {
+    fn theta(self) -> f64 {
+        if self == Self::SmolLm3 { 2e6 } else { 1e4 }
+    }
+
+    fn is_tied(self) -> bool {
+        self == Self::SmolLm3
+    }
+}
+
 impl HfConfig {
     fn config(self, arch: Arch) -> Result<Config> {
         if self.use_sliding_window == Some(true) {
@@ -89,7 +102,7 @@ impl HfConfig {
         }
         let head_dim = self.head_dim.map_or_else(|| divide(self.hidden_size, self.num_attention_heads), Ok)?;
         let rope = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
-        let theta = self.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(10_000.0);
+        let theta = self.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(arch.theta());
         let inv_freq = match rope {
             Some(rope) => rope.scale(inverse_frequencies(theta, head_dim)?)?,
             None => inverse_frequencies(theta, head_dim)?,
@@ -110,7 +123,7 @@ impl HfConfig {
             rope: Rope { inv_freq, layout: RopeLayout::HalfSplit },
             others,
             max_context: self.max_position_embeddings,
-            tied: self.tie_word_embeddings,
+            tied: self.tie_word_embeddings.unwrap_or(arch.is_tied()),
             qkv_bias: bias || arch == Arch::Qwen2,
             o_bias: bias && arch != Arch::Qwen2,
             mlp_bias: self.mlp_bias.unwrap_or(false),
@@ -128,6 +141,17 @@ impl HfConfig {
         match arch {
             // The Qwen files name a window that `use_sliding_window` switches off.
             Arch::Llama | Arch::Qwen2 | Arch::Qwen3 => Ok(None),
+            Arch::SmolLm3 => {
+                let which = match &self.no_rope_layers {
+                    None => every_nth(layers, self.no_rope_layer_interval.unwrap_or(WITHOUT_ROPE)),
+                    Some(rope) if rope.len() >= layers => rope[..layers].iter().map(|rope| *rope == 0).collect(),
+                    Some(rope) => {
+                        let got = rope.len();
+                        return Err(Error::Model(format!("no_rope_layers names {got} layers of {layers}")));
+                    }
+                };
+                Ok(OtherLayers::without_rope(which, inv_freq))
+            }
             Arch::Mistral | Arch::Phi3 => {
                 OtherLayers::with_window(self.sliding_window, self.max_position_embeddings, layers, inv_freq)
             }

@@ -56,6 +56,10 @@ impl Config {
             Arch::Phi3 => {
                 json!({ "sliding_window": self.window(0), "original_max_position_embeddings": self.max_context })
             }
+            Arch::SmolLm3 => json!({
+                "mlp_bias": self.mlp_bias,
+                "no_rope_layers": (0..self.layers).map(|layer| !self.is_other(layer) as u8).collect::<Vec<_>>(),
+            }),
             Arch::Llama | Arch::Mistral => json!({ "mlp_bias": self.mlp_bias }),
             // Their loaders ask for these.
             Arch::Qwen2 | Arch::Qwen3 => {

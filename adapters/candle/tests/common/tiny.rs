@@ -46,7 +46,7 @@ impl Tiny {
         if !tied {
             add("lm_head.weight".into(), random(&[VOCAB, HIDDEN], 0.5, 0.0));
         }
-        for layer in 0..LAYERS {
+        for layer in 0..layers(&extra) {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             let (q, kv) = (HEADS * head_dim, kv_heads * head_dim);
             for (part, rows, columns) in [
@@ -82,7 +82,7 @@ impl Tiny {
 
     pub fn config(&self) -> Value {
         let mut config = json!({
-            "model_type": self.arch, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+            "model_type": self.arch, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": layers(&self.extra),
             "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
             "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512,
             "tie_word_embeddings": self.tied, "attention_bias": false, "hidden_act": "silu",
@@ -119,7 +119,7 @@ impl Tiny {
             Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap()
         };
         let mut tensors = HashMap::new();
-        for layer in 0..LAYERS {
+        for layer in 0..layers(&self.extra) {
             let name = format!("model.layers.{layer}.self_attn.dms_proj_alpha");
             tensors.insert(format!("{name}_norm.weight"), random(&[HIDDEN], 1.0));
             tensors.insert(format!("{name}.weight"), random(&[self.kv_heads, HIDDEN], 0.0));
@@ -131,6 +131,12 @@ impl Tiny {
             "dms_tau": 0.1, "kvpolicy_model": "tiny", "kvpolicy_evaluation": {"kl": 1.0}, "kvpolicy_command": ["a"],
         });
         std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    }
+
+    /// Rows of q or k, half a head apart, as a converter puts them side by side.
+    fn interleaved(&self, rows: &Tensor) -> Tensor {
+        let pairs = rows.reshape(((), 2, self.head_dim / 2, HIDDEN)).unwrap().transpose(1, 2).unwrap();
+        pairs.contiguous().unwrap().reshape(rows.shape()).unwrap()
     }
 
     pub fn write_gguf(&self, path: &Path, matrices: GgmlDType) {
@@ -154,7 +160,7 @@ impl Tiny {
             ("general.dtype".to_string(), U32(0)),
             (key("embedding_length"), U32(HIDDEN as u32)),
             (key("feed_forward_length"), U32(FFN as u32)),
-            (key("block_count"), U32(LAYERS as u32)),
+            (key("block_count"), U32(layers(&self.extra) as u32)),
             (key("attention.head_count"), U32(HEADS as u32)),
             (key("attention.head_count_kv"), U32(self.kv_heads as u32)),
             (key("attention.key_length"), U32(self.head_dim as u32)),
@@ -168,6 +174,8 @@ impl Tiny {
         }
         let quantize = |name: &std::string::String, tensor: &Tensor| {
             let dtype = if tensor.dims().len() == 2 { matrices } else { GgmlDType::F32 };
+            let head = |part: &str| self.arch == "smollm3" && name.contains(part);
+            let tensor = if head(".q_proj.") || head(".k_proj.") { &self.interleaved(tensor) } else { tensor };
             (gguf_name(name), QTensor::quantize(tensor, dtype).unwrap())
         };
         let tensors: Vec<(std::string::String, QTensor)> = self.tensors.iter().map(|(n, t)| quantize(n, t)).collect();
@@ -175,6 +183,11 @@ impl Tiny {
         let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
     }
+}
+
+/// [`LAYERS`], unless a configuration says otherwise.
+fn layers(extra: &Value) -> usize {
+    extra["num_hidden_layers"].as_u64().unwrap_or(LAYERS as u64) as usize
 }
 
 fn gguf_name(name: &str) -> String {
