@@ -14,7 +14,7 @@ pub struct ModelSpec {
     pub kv_heads: usize,
     /// Components of one head.
     pub head_dim: usize,
-    /// How positions are rotated into queries and keys; `None` if the model uses no RoPE.
+    /// How positions are rotated into queries and keys, the same in each layer; `None` if layers differ, or have no RoPE.
     pub rope: Option<Rope>,
     /// The decision gates the model was trained with (DMS); `None` for a plain model.
     pub gates: Option<GateSpec>,
@@ -90,7 +90,7 @@ impl KeyRange {
 pub enum RopeLayout {
     /// Pair i is (i, i + head_dim/2): safetensors of every architecture, GGUF of qwen.
     HalfSplit,
-    /// Pair i is (2i, 2i + 1): GGUF of llama.
+    /// Pair i is (2i, 2i + 1): GGUF of llama and smollm3.
     Interleaved,
 }
 

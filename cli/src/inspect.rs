@@ -47,6 +47,9 @@ fn page(found: &Inspection) -> String {
             model.max_context,
             if model.tied { ", output tied to the embedding" } else { "" }
         ));
+        lines.extend(model.windows.map(|(layers, size)| {
+            format!("sliding window: {layers} layers hold {size} tokens each, whatever the policy is")
+        }));
         lines.push(format!("keys and values: {} a token in 16 bits", table::bytes(model.kv_bytes(2) as f64)));
     }
     lines.extend(found.refused.iter().map(|why| format!("cannot run here: {why}")));

@@ -27,7 +27,8 @@ impl Policy for ExpectedAttention {
     }
 
     fn misfits(&self, spec: &crate::ModelSpec) -> Vec<String> {
-        if spec.rope.is_some() { vec![] } else { vec!["expected-attention: the model has no RoPE to average".into()] }
+        let why = "expected-attention: the model has no RoPE to average, or not the same in each layer";
+        if spec.rope.is_some() { vec![] } else { vec![why.into()] }
     }
 
     fn needs(&self, _: &LayerCx) -> Needs {

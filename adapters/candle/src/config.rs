@@ -1,36 +1,81 @@
 //! What a model is, from `config.json` or from GGUF metadata.
 
+mod gguf;
+mod hf;
 mod json;
+mod windows;
 
 use crate::error::{Error, Result};
-use candle_core::quantized::gguf_file::Value;
-use kvpolicy::{ModelSpec, Rope, RopeLayout};
-use serde::Deserialize;
-use std::{collections::HashMap, f32::consts::PI};
+use kvpolicy::{ModelSpec, Rope};
+use std::ops::RangeInclusive;
 
 /// The largest head.
 const MOST_COMPONENTS: usize = 4096;
+/// The deepest model.
+const MOST_LAYERS: usize = 4096;
+/// Sizes of a sliding window.
+const WINDOWS: RangeInclusive<usize> = 1..=1 << 30;
 
 /// The model families this crate defines. They share one block; see [`Config`] for what differs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arch {
     /// Llama 2 and 3, SmolLM2, and others of `model_type: llama`.
     Llama,
+    /// Mistral, whose first version has a sliding window. GGUF files call it llama.
+    Mistral,
+    /// Phi-3 and Phi-4 of `model_type: phi3`: q, k and v are one tensor, gate and up another.
+    Phi3,
     /// Qwen2 and Qwen2.5, DeepSeek-R1-Distill-Qwen: biases on q, k and v.
     Qwen2,
     /// Qwen3: RMS norms on each head of q and k.
     Qwen3,
+    /// SmolLM3: some layers without RoPE.
+    SmolLm3,
+}
+
+/// What a family is called.
+struct Names {
+    /// `model_type` of `config.json`.
+    hf: &'static str,
+    /// The class that Hugging Face's `transformers` has for it.
+    class: &'static str,
+    /// `general.architecture` of GGUF, where it has one of its own.
+    gguf: Option<&'static str>,
 }
 
 impl Arch {
-    fn read(name: &str) -> Result<Self> {
-        match name {
-            "llama" => Ok(Self::Llama),
-            "qwen2" => Ok(Self::Qwen2),
-            "qwen3" => Ok(Self::Qwen3),
-            other => Err(Error::Model(format!("architecture `{other}` is not supported: llama, qwen2 or qwen3"))),
+    const ALL: [Self; 6] = [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2, Self::Qwen3, Self::SmolLm3];
+
+    fn names(self) -> Names {
+        match self {
+            Self::Llama => Names { hf: "llama", class: "LlamaForCausalLM", gguf: Some("llama") },
+            Self::Mistral => Names { hf: "mistral", class: "MistralForCausalLM", gguf: None },
+            Self::Phi3 => Names { hf: "phi3", class: "Phi3ForCausalLM", gguf: Some("phi3") },
+            Self::Qwen2 => Names { hf: "qwen2", class: "Qwen2ForCausalLM", gguf: Some("qwen2") },
+            Self::Qwen3 => Names { hf: "qwen3", class: "Qwen3ForCausalLM", gguf: Some("qwen3") },
+            Self::SmolLm3 => Names { hf: "smollm3", class: "SmolLM3ForCausalLM", gguf: Some("smollm3") },
         }
     }
+
+    fn of_hf(name: &str) -> Result<Self> {
+        let known = Self::ALL.into_iter().find(|arch| arch.names().hf == name);
+        known.ok_or_else(|| unknown(name, Self::ALL.into_iter().map(|arch| arch.names().hf)))
+    }
+
+    fn of_gguf(name: &str) -> Result<Self> {
+        let known = Self::ALL.into_iter().find(|arch| arch.names().gguf == Some(name));
+        known.ok_or_else(|| unknown(name, Self::ALL.into_iter().filter_map(|arch| arch.names().gguf)))
+    }
+
+    /// The class that Hugging Face's `transformers` has for it.
+    pub(crate) fn class(self) -> &'static str {
+        self.names().class
+    }
+}
+
+fn unknown(name: &str, known: impl Iterator<Item = &'static str>) -> Error {
+    let known: Vec<&str> = known.collect();
+    Error::Model(format!("architecture `{name}` is not supported: {}", known.join(", ")))
 }
 
 /// Shape and constants of a model.
@@ -54,8 +99,10 @@ pub struct Config {
     pub vocab: usize,
     /// Added to the mean square in every RMS norm.
     pub rms_eps: f64,
-    /// Rotary position embedding.
+    /// Rotary position embedding of all layers but [`Config::others`].
     pub rope: Rope,
+    /// Layers that attend in another way than the rest.
+    pub others: Option<OtherLayers>,
     /// The longest context the model was made for, in tokens.
     pub max_context: usize,
     /// The output layer is the embedding.
@@ -70,12 +117,72 @@ pub struct Config {
     pub eos: Vec<u32>,
 }
 
+/// Layers that attend in another way than the rest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OtherLayers {
+    /// Which of all layers are such.
+    pub which: Vec<bool>,
+    /// Their RoPE, in the layout of [`Config::rope`]: angle per position of each pair.
+    pub inv_freq: Vec<f32>,
+    /// Newest tokens that a query sees, its own included; `None`: all.
+    pub window: Option<u32>,
+}
+
+impl OtherLayers {
+    /// Those that have no RoPE, if there are any: nothing turns.
+    fn without_rope(which: Vec<bool>, inv_freq: &[f32]) -> Option<Self> {
+        let any = which.contains(&true);
+        any.then(|| Self { which, inv_freq: vec![0.0; inv_freq.len()], window: None })
+    }
+
+    /// All layers, if the window ends before the context does.
+    fn with_window(window: Option<usize>, max_context: usize, layers: usize, inv_freq: &[f32]) -> Result<Option<Self>> {
+        let Some(window) = window.filter(|&window| window < max_context) else { return Ok(None) };
+        if !WINDOWS.contains(&window) {
+            let (least, most) = (WINDOWS.start(), WINDOWS.end());
+            return Err(Error::Model(format!("sliding_window={window} is not accepted: {least}..={most}")));
+        }
+        Ok(Some(Self { which: vec![true; layers], inv_freq: inv_freq.to_vec(), window: Some(window as u32) }))
+    }
+}
+
+/// A projection of a block as it is computed here.
+pub(crate) struct Projection {
+    pub(crate) name: &'static str,
+    /// Those of the files, one after the other: Hugging Face's names, and the rows of each.
+    pub(crate) parts: Vec<(&'static str, usize)>,
+}
+
 impl Config {
-    /// What a cache must know.
+    /// q, k and v; the attention output; gate and up; down.
+    pub(crate) fn projections(&self) -> [Projection; 4] {
+        let (q, kv, ffn) = (self.q_heads * self.head_dim, self.kv_heads * self.head_dim, self.ffn);
+        let (qkv, gate_up) = match self.arch {
+            Arch::Phi3 => (vec![("self_attn.qkv_proj", q + 2 * kv)], vec![("mlp.gate_up_proj", 2 * ffn)]),
+            _ => (
+                vec![("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+                vec![("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)],
+            ),
+        };
+        [
+            Projection { name: "qkv", parts: qkv },
+            Projection { name: "o", parts: vec![("self_attn.o_proj", self.hidden)] },
+            Projection { name: "gate_up", parts: gate_up },
+            Projection { name: "down", parts: vec![("mlp.down_proj", self.hidden)] },
+        ]
+    }
+
+    /// What a cache must know. Its `rope` is `None` where layers differ in theirs.
     pub fn spec(&self) -> ModelSpec {
         let mut spec = ModelSpec::new(self.layers, self.q_heads, self.kv_heads, self.head_dim);
-        spec.rope = Some(self.rope.clone());
+        let same = self.others.as_ref().is_none_or(|others| others.inv_freq == self.rope.inv_freq);
+        spec.rope = same.then(|| self.rope.clone());
         spec
+    }
+
+    /// Whether a layer is one of [`Config::others`].
+    pub(crate) fn is_other(&self, layer: usize) -> bool {
+        self.others.as_ref().is_some_and(|others| others.which.get(layer) == Some(&true))
     }
 
     /// Parameters, but for norms and biases.
@@ -85,89 +192,15 @@ impl Config {
         layers * block + vocab * hidden * if tied { 1 } else { 2 }
     }
 
-    /// Reads a Hugging Face `config.json`.
-    ///
-    /// # Errors
-    /// [`Error::Model`] naming the field that is missing, wrong or not supported.
-    pub fn from_json(text: &str) -> Result<Self> {
-        let raw: HfConfig = serde_json::from_str(text).map_err(|e| Error::Model(format!("config.json: {e}")))?;
-        raw.config()
-    }
-
-    /// Reads GGUF metadata. `has`: whether the file has a tensor; `factors`: divisors of the RoPE frequencies, if the file
-    /// has them (Llama 3).
-    ///
-    /// # Errors
-    /// [`Error::Model`] naming the key that is missing, wrong or not supported.
-    pub fn from_gguf(
-        metadata: &HashMap<String, Value>,
-        has: impl Fn(&str) -> bool,
-        factors: Option<Vec<f32>>,
-    ) -> Result<Self> {
-        let name = text(metadata, "general.architecture")?;
-        let arch = Arch::read(&name)?;
-        let key = |suffix: &str| format!("{name}.{suffix}");
-        let number = |suffix: &str| whole(metadata, &key(suffix));
-        let (hidden, q_heads) = (number("embedding_length")?, number("attention.head_count")?);
-        let head_dim = number("attention.key_length").or_else(|_| divide(hidden, q_heads))?;
-        if let Ok(rotated) = number("rope.dimension_count")
-            && rotated != head_dim
-        {
-            return Err(Error::Model(format!("rope over {rotated} of {head_dim} components is not supported")));
-        }
-        let theta = real(metadata, &key("rope.freq_base")).unwrap_or(10_000.0);
-        let mut inv_freq = inverse_frequencies(theta, head_dim)?;
-        if let Some(factors) = factors {
-            if factors.len() != inv_freq.len() {
-                let (got, expected) = (factors.len(), inv_freq.len());
-                return Err(Error::Model(format!("rope_freqs.weight has {got} factors, head_dim asks for {expected}")));
-            }
-            inv_freq.iter_mut().zip(&factors).for_each(|(freq, factor)| *freq /= factor);
-        }
-        match text(metadata, &key("rope.scaling.type")).as_deref() {
-            Err(_) | Ok("none") => {}
-            Ok("linear") => {
-                let factor = real(metadata, &key("rope.scaling.factor"))? as f32;
-                inv_freq.iter_mut().for_each(|freq| *freq /= factor);
-            }
-            Ok(other) => return Err(Error::Model(format!("rope scaling `{other}` is not supported: linear"))),
-        }
-        let vocab = match metadata.get("tokenizer.ggml.tokens") {
-            Some(tokens) => tokens.to_vec()?.len(),
-            None => number("vocab_size")?,
-        };
-        let config = Self {
-            arch,
-            hidden,
-            ffn: number("feed_forward_length")?,
-            layers: number("block_count")?,
-            q_heads,
-            kv_heads: number("attention.head_count_kv").unwrap_or(q_heads),
-            head_dim,
-            vocab,
-            rms_eps: real(metadata, &key("attention.layer_norm_rms_epsilon"))?,
-            rope: Rope {
-                inv_freq,
-                layout: if arch == Arch::Llama { RopeLayout::Interleaved } else { RopeLayout::HalfSplit },
-            },
-            max_context: number("context_length")?,
-            tied: !has("output.weight"),
-            qkv_bias: arch == Arch::Qwen2 || has("blk.0.attn_q.bias"),
-            o_bias: has("blk.0.attn_output.bias"),
-            mlp_bias: has("blk.0.ffn_up.bias"),
-            eos: whole(metadata, "tokenizer.ggml.eos_token_id").map(|id| id as u32).into_iter().collect(),
-        };
-        config.checked()
-    }
-
     fn checked(self) -> Result<Self> {
         let mut faults = self.spec().faults();
-        for (name, n) in [("hidden_size", self.hidden), ("vocab_size", self.vocab), ("layers", self.layers)] {
+        for (name, n) in [("hidden_size", self.hidden), ("vocab_size", self.vocab)] {
             if !(1..=u32::MAX as usize).contains(&n) {
                 faults.push(format!("{name}={n} is not accepted: 1 or more, below 2^32"));
             }
         }
-        if self.rope.inv_freq.iter().any(|freq| !freq.is_finite()) {
+        let others = self.others.iter().flat_map(|others| &others.inv_freq);
+        if self.rope.inv_freq.iter().chain(others).any(|freq| !freq.is_finite()) {
             faults.push("the RoPE frequencies are no finite numbers".into());
         }
         if faults.is_empty() { Ok(self) } else { Err(Error::Model(faults.join("; "))) }
@@ -181,22 +214,21 @@ fn divide(hidden: usize, heads: usize) -> Result<usize> {
     }
 }
 
-fn missing(key: &str) -> Error {
-    Error::Model(format!("GGUF metadata has no `{key}`, or of the wrong type"))
+/// A number of layers, each of which will have a place in memory.
+fn checked_layers(layers: usize) -> Result<usize> {
+    match layers {
+        0..=MOST_LAYERS => Ok(layers),
+        _ => Err(Error::Model(format!("layers={layers} is not accepted: 1..={MOST_LAYERS}"))),
+    }
 }
 
-fn text(metadata: &HashMap<String, Value>, key: &str) -> Result<String> {
-    metadata.get(key).and_then(|v| v.to_string().ok()).cloned().ok_or_else(|| missing(key))
+/// SmolLM3's layers without RoPE, where no list names them.
+fn every_nth(layers: usize, n: usize) -> Vec<bool> {
+    (1..=layers).map(|layer| n > 0 && layer.is_multiple_of(n)).collect()
 }
 
-fn whole(metadata: &HashMap<String, Value>, key: &str) -> Result<usize> {
-    let value = metadata.get(key).ok_or_else(|| missing(key))?;
-    value.to_u32().map(|n| n as usize).or_else(|_| value.to_u64().map(|n| n as usize)).map_err(|_| missing(key))
-}
-
-fn real(metadata: &HashMap<String, Value>, key: &str) -> Result<f64> {
-    metadata.get(key).and_then(|v| v.to_f32().ok()).map(f64::from).ok_or_else(|| missing(key))
-}
+/// SmolLM3: which layer of how many has no RoPE.
+const WITHOUT_ROPE: usize = 4;
 
 fn inverse_frequencies(theta: f64, head_dim: usize) -> Result<Vec<f32>> {
     if !(1..=MOST_COMPONENTS).contains(&head_dim) {
@@ -208,131 +240,12 @@ fn inverse_frequencies(theta: f64, head_dim: usize) -> Result<Vec<f32>> {
     Ok((0..head_dim / 2).map(|i| (1.0 / theta.powf((2 * i) as f64 / head_dim as f64)) as f32).collect())
 }
 
-/// The fields of `config.json` that matter here.
-#[derive(Debug, Deserialize)]
-struct HfConfig {
-    model_type: String,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    vocab_size: usize,
-    rms_norm_eps: f64,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<HfRope>,
-    /// The newer place of both.
-    rope_parameters: Option<HfRope>,
-    max_position_embeddings: usize,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    use_sliding_window: Option<bool>,
-    hidden_act: Option<String>,
-    eos_token_id: Option<OneOrMany>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-#[derive(Debug, Deserialize)]
-struct HfRope {
-    rope_type: Option<String>,
-    /// The older name; some files have both.
-    r#type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f32>,
-    low_freq_factor: Option<f32>,
-    high_freq_factor: Option<f32>,
-    original_max_position_embeddings: Option<f32>,
-}
-
-impl HfConfig {
-    fn config(self) -> Result<Config> {
-        let arch = Arch::read(&self.model_type)?;
-        if self.use_sliding_window == Some(true) {
-            return Err(Error::Model(
-                "use_sliding_window=true is not supported: use the policy `window` instead".into(),
-            ));
-        }
-        if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
-            return Err(Error::Model(format!("hidden_act={act} is not supported: silu")));
-        }
-        let head_dim = self.head_dim.map_or_else(|| divide(self.hidden_size, self.num_attention_heads), Ok)?;
-        let rope = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
-        let theta = self.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(10_000.0);
-        let inv_freq = match rope {
-            Some(rope) => rope.scale(inverse_frequencies(theta, head_dim)?)?,
-            None => inverse_frequencies(theta, head_dim)?,
-        };
-        let bias = self.attention_bias.unwrap_or(false);
-        let config = Config {
-            arch,
-            hidden: self.hidden_size,
-            ffn: self.intermediate_size,
-            layers: self.num_hidden_layers,
-            q_heads: self.num_attention_heads,
-            kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
-            head_dim,
-            vocab: self.vocab_size,
-            rms_eps: self.rms_norm_eps,
-            rope: Rope { inv_freq, layout: RopeLayout::HalfSplit },
-            max_context: self.max_position_embeddings,
-            tied: self.tie_word_embeddings,
-            qkv_bias: bias || arch == Arch::Qwen2,
-            o_bias: bias && arch != Arch::Qwen2,
-            mlp_bias: self.mlp_bias.unwrap_or(false),
-            eos: match self.eos_token_id {
-                None => vec![],
-                Some(OneOrMany::One(id)) => vec![id],
-                Some(OneOrMany::Many(ids)) => ids,
-            },
-        };
-        config.checked()
-    }
-}
-
-impl HfRope {
-    fn scale(&self, inv_freq: Vec<f32>) -> Result<Vec<f32>> {
-        let need = |field: Option<f32>, name: &str| {
-            field.ok_or_else(|| Error::Model(format!("rope_scaling of config.json has no `{name}`")))
-        };
-        match self.rope_type.as_deref().or(self.r#type.as_deref()).unwrap_or("default") {
-            "default" => Ok(inv_freq),
-            "linear" => {
-                let factor = need(self.factor, "factor")?;
-                Ok(inv_freq.into_iter().map(|freq| freq / factor).collect())
-            }
-            "llama3" => {
-                let (factor, low, high) = (
-                    need(self.factor, "factor")?,
-                    need(self.low_freq_factor, "low_freq_factor")?,
-                    need(self.high_freq_factor, "high_freq_factor")?,
-                );
-                let original = need(self.original_max_position_embeddings, "original_max_position_embeddings")?;
-                // Short wavelengths stay, long ones stretch by the factor, those between are blended.
-                let scaled = inv_freq.into_iter().map(|freq| {
-                    let turns = original * freq / (2.0 * PI);
-                    let keep = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                    (1.0 - keep) * freq / factor + keep * freq
-                });
-                Ok(scaled.collect())
-            }
-            other => Err(Error::Model(format!("rope_type={other} is not supported: default, linear or llama3"))),
-        }
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use candle_core::quantized::gguf_file::Value;
+    use std::collections::HashMap;
 
     const QWEN3: &str = r#"{"model_type":"qwen3","hidden_size":64,"intermediate_size":96,"num_hidden_layers":2,
         "num_attention_heads":4,"num_key_value_heads":2,"head_dim":16,"vocab_size":128,"rms_norm_eps":1e-6,
@@ -343,7 +256,9 @@ mod tests {
         let config = Config::from_json(QWEN3).unwrap();
         assert_eq!((config.arch, config.qkv_bias, config.eos.len(), config.head_dim), (Arch::Qwen3, false, 2, 16));
         let qwen2 = Config::from_json(&QWEN3.replace("qwen3", "qwen2")).unwrap();
-        assert!(qwen2.qkv_bias && !qwen2.o_bias);
+        assert!(qwen2.qkv_bias && !qwen2.o_bias && !qwen2.tied);
+        let smollm3 = Config::from_json(&QWEN3.replace("qwen3", "smollm3")).unwrap();
+        assert!(smollm3.tied && smollm3.others.is_none() && smollm3.spec().rope.is_some());
     }
 
     #[test]
@@ -360,18 +275,57 @@ mod tests {
     }
 
     #[test]
+    fn another_family_is_named_whatever_its_fields_are() {
+        let error = Config::from_json(r#"{"model_type":"gpt2","n_embd":768}"#).unwrap_err().to_string();
+        assert!(Arch::ALL.iter().all(|arch| error.contains(arch.names().hf)) && error.contains("`gpt2`"), "{error}");
+        let metadata = HashMap::from([("general.architecture".to_string(), Value::String("gpt2".into()))]);
+        let error = Config::from_gguf(&metadata, |_| true, None).unwrap_err().to_string();
+        let known = Arch::ALL.iter().filter_map(|arch| arch.names().gguf);
+        assert!(known.into_iter().all(|name| error.contains(name)) && error.contains("`gpt2`"), "{error}");
+    }
+
+    #[test]
+    fn frequencies_that_depend_on_the_context_are_refused_in_gguf() {
+        let number = |n: u32| Value::U32(n);
+        let mut metadata: HashMap<String, Value> = [
+            ("embedding_length", number(64)),
+            ("attention.head_count", number(4)),
+            ("feed_forward_length", number(96)),
+            ("block_count", number(2)),
+            ("attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+            ("context_length", number(4096)),
+            ("vocab_size", number(128)),
+        ]
+        .map(|(key, value)| (format!("phi3.{key}"), value))
+        .into();
+        metadata.insert("general.architecture".into(), Value::String("phi3".into()));
+        assert!(Config::from_gguf(&metadata, |_| false, None).is_ok());
+        let long = |name: &str| name == "rope_factors_long.weight";
+        let error = Config::from_gguf(&metadata, long, None).unwrap_err().to_string();
+        assert!(error.contains("rope_factors_long"), "{error}");
+    }
+
+    #[test]
     fn names_what_it_cannot_use() {
         for (from, to, word) in [
-            ("qwen3", "mamba", "mamba"),
+            ("qwen3", "mamba", "`mamba` is not supported: llama, mistral"),
+            ("\"num_hidden_layers\":2", "\"num_hidden_layers\":4000000000000", "layers=4000000000000"),
             ("\"hidden_size\":64,", "", "hidden_size"),
             ("\"num_key_value_heads\":2", "\"num_key_value_heads\":3", "kv_heads=3"),
             ("\"num_attention_heads\":4", "\"num_attention_heads\":0", "q_heads=0"),
             ("\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"yarn\"},\"rope_theta\"", "yarn"),
             ("\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"llama3\"},\"rope_theta\"", "factor"),
+            (
+                "\"rope_theta\"",
+                "\"rope_scaling\":{\"type\":\"longrope\"},\"rope_theta\"",
+                "original_max_position_embeddings",
+            ),
+            ("\"rope_theta\"", "\"partial_rotary_factor\":0.75,\"rope_theta\"", "partial_rotary_factor=0.75"),
             ("\"rope_theta\"", "\"use_sliding_window\":true,\"rope_theta\"", "use_sliding_window"),
             ("\"head_dim\":16", "\"head_dim\":1152921504606846976", "head_dim=1152921504606846976"),
             ("\"vocab_size\":128", "\"vocab_size\":0", "vocab_size=0"),
             ("1000000.0", "0.0", "rope_theta=0"),
+            ("\"qwen3\"", "\"smollm3\",\"no_rope_layers\":[1]", "no_rope_layers names 1 layers of 2"),
             ("{", "", "config.json"),
         ] {
             let error = Config::from_json(&QWEN3.replacen(from, to, 1)).unwrap_err().to_string();

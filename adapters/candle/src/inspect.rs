@@ -1,7 +1,7 @@
 //! What is in a checkpoint, without loading it.
 
 use crate::{
-    config::Config,
+    config::{Config, Projection},
     error::{Error, Result},
     folder::Folder,
     gates::{self, Layout},
@@ -56,6 +56,8 @@ pub struct ModelSummary {
     pub vocab: usize,
     pub max_context: usize,
     pub tied: bool,
+    /// The layers with a sliding window, and how many tokens it has.
+    pub windows: Option<(usize, u32)>,
 }
 
 /// Gates: where decisions come from and what they mean.
@@ -186,7 +188,9 @@ impl ModelSummary {
     fn of(config: &Config) -> Self {
         let Config { layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied, arch, .. } = *config;
         let architecture = arch.class().to_string();
-        Self { architecture, layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied }
+        let windows: Vec<u32> = (0..layers).filter_map(|layer| config.window(layer)).collect();
+        let windows = windows.first().map(|window| (windows.len(), *window));
+        Self { architecture, layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied, windows }
     }
 
     /// Bytes of one token's keys and values where a component takes so many.
@@ -239,14 +243,18 @@ fn adapters(files: &mut [TensorFile]) -> Result<Vec<LayerGates>> {
 /// The rows of the queries' projections that make the borrowed neurons, of every layer in the files.
 fn neurons(config: &Config, files: &mut [TensorFile]) -> Result<Vec<LayerGates>> {
     let (d, group) = (config.head_dim, config.q_heads / config.kv_heads);
+    let [Projection { parts, .. }, ..] = config.projections();
+    fn every<T>(all: Vec<T>, first: usize, step: usize, count: usize) -> impl Iterator<Item = T> {
+        all.into_iter().skip(first).step_by(step).take(count)
+    }
     let layer = |layer| {
-        let name = format!("model.layers.{layer}.self_attn.q_proj");
+        let name = format!("model.layers.{layer}.{}", parts[0].0); // queries are its first rows
         let Some(weight) = find(files, &format!("{name}.weight"))? else { return Ok(None) };
         let bias = find(files, &format!("{name}.bias"))?.map(|bias| numbers(&bias)).transpose()?;
         Ok(Some(LayerGates {
             layer,
-            norms: rows(&weight)?.iter().skip(d - 1).step_by(group * d).map(|row| euclidean(row)).collect(),
-            biases: bias.map(|bias| bias.into_iter().skip(d - 1).step_by(group * d).collect()),
+            norms: every(rows(&weight)?, d - 1, group * d, config.kv_heads).map(|row| euclidean(&row)).collect(),
+            biases: bias.map(|bias| every(bias, d - 1, group * d, config.kv_heads).collect()),
             input_norm: None,
         }))
     };

@@ -1,4 +1,4 @@
-//! Llama, Qwen2 and Qwen3 on candle, their keys and values in a [`kvpolicy::KvCache`].
+//! Llama, Mistral, Phi-3, Qwen2, Qwen3 and SmolLM3 on candle, their keys and values in a [`kvpolicy::KvCache`].
 //!
 //! # A first model
 //!
@@ -100,7 +100,7 @@ mod tokenizer;
 mod weights;
 
 pub use chat::{ChatTemplate, Message};
-pub use config::{Arch, Config};
+pub use config::{Arch, Config, OtherLayers};
 pub use error::{Error, Result};
 pub use export::{Export, Exported, GateLayout, Merged, extract_gates};
 pub use gates::Gates;

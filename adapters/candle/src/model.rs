@@ -1,7 +1,7 @@
-//! The decoder block that Llama, Qwen2 and Qwen3 share.
+//! The decoder block that all families share.
 
 use crate::{
-    config::{Arch, Config},
+    config::{Arch, Config, Projection},
     error::{Error, Result},
     gates::Gates,
     key_range::key_range,
@@ -25,7 +25,7 @@ pub struct Model {
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: Tensor, // [hidden]
     pub(crate) output: Linear,
-    pub(crate) inv_freq: Tensor, // f32 [head_dim / 2]
+    inv_freq: Vec<Tensor>, // f32 [head_dim / 2]: of most layers, and of `Config::others` if there are any
     key_range: OnceLock<KeyRange>,
 }
 
@@ -40,10 +40,23 @@ pub(crate) struct Block {
     pub(crate) down: Linear,
 }
 
+/// RoPE of the layers at the same positions.
+#[derive(Debug)]
+pub(crate) struct Rotations<'a> {
+    config: &'a Config,
+    kinds: Vec<Rotation>, // of most layers, and of `Config::others`
+}
+
+impl Rotations<'_> {
+    pub(crate) fn of(&self, layer: usize) -> &Rotation {
+        &self.kinds[self.config.is_other(layer) as usize]
+    }
+}
+
 /// What the blocks of one forward pass share.
 struct Pass<'a> {
     config: &'a Config,
-    rotation: Rotation,
+    rotations: Rotations<'a>,
     step: &'a Step,
     cache: &'a mut KvCache,
     gates: Option<&'a Gates>,
@@ -69,7 +82,9 @@ impl Model {
             Linear { matrix: Matrix::Dense(embedding.clone()), bias: None }
         };
         let blocks = (0..config.layers).map(|layer| Block::load(layer, &config, weights)).collect::<Result<_>>()?;
-        let inv_freq = Tensor::new(config.rope.inv_freq.as_slice(), device)?;
+        let others = config.others.iter().map(|others| &others.inv_freq);
+        let inv_freq = std::iter::once(&config.rope.inv_freq).chain(others);
+        let inv_freq = inv_freq.map(|freq| Ok(Tensor::new(freq.as_slice(), device)?)).collect::<Result<_>>()?;
         Ok(Self { config, embedding, blocks, norm, output, inv_freq, key_range: OnceLock::new() })
     }
 
@@ -116,10 +131,10 @@ impl Model {
         if tokens.dims() != [step.len()] {
             return Err(Error::Model(format!("tokens of shape {:?} for a step of {}", tokens.dims(), step.len())));
         }
-        let (config, layout) = (&self.config, self.config.rope.layout);
-        let positions = step.positions().to_device(self.device())?;
-        let rotation = Rotation::new(positions, self.inv_freq.clone(), layout, self.embedding.dtype());
-        let mut pass = Pass { config, rotation, step, cache, gates };
+        let config = &self.config;
+        config.check_windows(step, cache)?;
+        let rotations = self.rotations(&step.positions().to_device(self.device())?);
+        let mut pass = Pass { config, rotations, step, cache, gates };
         let (mut x, mut normed) = ops::embed_rms_norm(&self.embedding, tokens, self.norm_before(0), config.rms_eps)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let y = block.attend(layer, &x, &normed, &mut pass)?;
@@ -128,6 +143,13 @@ impl Model {
             (x, normed) = ops::add_rms_norm(&x, &y, self.norm_before(layer + 1), config.rms_eps)?;
         }
         Ok(normed)
+    }
+
+    /// RoPE of the layers at these positions, u32 `[tokens]`.
+    pub(crate) fn rotations(&self, positions: &Tensor) -> Rotations<'_> {
+        let (layout, dtype) = (self.config.rope.layout, self.embedding.dtype());
+        let kinds = self.inv_freq.iter().map(|freq| Rotation::new(positions.clone(), freq.clone(), layout, dtype));
+        Rotations { config: &self.config, kinds: kinds.collect() }
     }
 
     /// The norm that a layer's attention starts with; after the last layer, that of the output.
@@ -200,21 +222,23 @@ impl Block {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let head_norm = |part: &str, weights: &mut Weights| match config.arch {
             Arch::Qwen3 => weights.tensor(&name(&format!("self_attn.{part}.weight")), &[head_dim]).map(Some),
-            Arch::Llama | Arch::Qwen2 => Ok(None),
+            _ => Ok(None),
         };
-        let (q, kv) = (q_heads * head_dim, kv_heads * head_dim);
-        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
-        let qkv = weights.joined(&qkv.map(|(part, width)| (name(part), width)), hidden, qkv_bias)?;
+        let [qkv, o, gate_up, down] = config.projections();
+        let project = |projection: Projection, input: usize, bias: bool, weights: &mut Weights| {
+            let parts: Vec<_> = projection.parts.into_iter().map(|(part, rows)| (name(part), rows)).collect();
+            weights.joined(&parts, input, bias)
+        };
+        let qkv = project(qkv, hidden, qkv_bias, weights)?;
         let (q_norm, k_norm) = (head_norm("q_norm", weights)?, head_norm("k_norm", weights)?);
-        let gate_up = [(name("mlp.gate_proj"), ffn), (name("mlp.up_proj"), ffn)];
         Ok(Self {
             attention_norm: weights.tensor(&name("input_layernorm.weight"), &[hidden])?,
             qkv: qkv.matrix,
             heads: Heads { q_heads, kv_heads, head_dim, bias: qkv.bias, q_norm, k_norm, eps: config.rms_eps },
-            o: weights.linear(&name("self_attn.o_proj"), q, hidden, o_bias)?,
+            o: project(o, q_heads * head_dim, o_bias, weights)?,
             mlp_norm: weights.tensor(&name("post_attention_layernorm.weight"), &[hidden])?,
-            gate_up: weights.joined(&gate_up, hidden, mlp_bias)?,
-            down: weights.linear(&name("mlp.down_proj"), ffn, hidden, mlp_bias)?,
+            gate_up: project(gate_up, hidden, mlp_bias, weights)?,
+            down: project(down, ffn, mlp_bias, weights)?,
         })
     }
 
@@ -222,10 +246,10 @@ impl Block {
     fn attend(&self, layer: usize, x: &Tensor, normed: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let qkv = self.qkv.product(normed)?;
         let ([q, k, v], logits) = match pass.gates {
-            Some(gates) if gates.borrows_neurons() => self.borrow(&qkv, gates, pass)?,
+            Some(gates) if gates.borrows_neurons() => self.borrow(layer, &qkv, gates, pass)?,
             gates => {
                 let logits = gates.map(|gates| gates.adapt(layer, x)).transpose()?.flatten();
-                (self.heads.finish(qkv, &pass.rotation)?, logits)
+                (self.heads.finish(qkv, pass.rotations.of(layer))?, logits)
             }
         };
         let y = pass.cache.attend(layer, pass.step, &pass.step.tokens(q, k, v, logits))?;
@@ -233,11 +257,12 @@ impl Block {
     }
 
     /// Heads of a model whose gate is a neuron of its queries.
-    fn borrow(&self, qkv: &Tensor, gates: &Gates, pass: &Pass) -> Result<([Tensor; 3], Option<Tensor>)> {
+    fn borrow(&self, layer: usize, qkv: &Tensor, gates: &Gates, pass: &Pass) -> Result<([Tensor; 3], Option<Tensor>)> {
         let [q, k, v] = self.heads.before_rope(qkv)?;
         let (logits, q) = gates.borrow(pass.config, q)?;
-        let q = gates.after_rope(pass.rotation.apply(&q)?)?;
-        Ok(([q, pass.rotation.apply(&k)?, v], Some(logits)))
+        let rotation = pass.rotations.of(layer);
+        let q = gates.after_rope(rotation.apply(&q)?)?;
+        Ok(([q, rotation.apply(&k)?, v], Some(logits)))
     }
 
     fn feed_forward(&self, normed: &Tensor) -> Result<Tensor> {

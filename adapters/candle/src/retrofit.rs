@@ -29,10 +29,28 @@ pub use text::{Corpus, Mixture, Sequence, Source};
 pub use trainee::{Batch, Divergence, Losses, Objective, Trainee};
 
 use crate::{
+    config::Config,
     error::{Error, Result},
     weights::Matrix,
 };
 use candle_core::Tensor;
+
+impl Config {
+    /// Whether the decoder of a training is this model's, on sequences of `length` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the family and what of it the training does not have.
+    fn check_trainable(&self, length: usize) -> Result<()> {
+        let window = (0..self.layers).filter_map(|layer| self.window(layer)).find(|window| (*window as usize) < length);
+        match window {
+            None => Ok(()),
+            Some(window) => Err(Error::Model(format!(
+                "{:?} cannot be trained on sequences of {length} tokens: it has layers with a sliding window of {window}",
+                self.arch
+            ))),
+        }
+    }
+}
 
 fn dense(matrix: &Matrix) -> Result<&Tensor> {
     match matrix {

@@ -93,8 +93,10 @@ impl<'a> Session<'a> {
         if options.kv_dtype(model).size_in_bytes() == 1 {
             spec.key_range = Some(model.key_range()?);
         }
+        let max_tokens = options.max_tokens(model);
+        let policy = model.config().policy(policy, max_tokens)?;
         let mut cache = KvCache::new(spec.clone(), policy, options.store(model, &spec)?)?;
-        let (seq, max_tokens) = (cache.open(), options.max_tokens(model));
+        let seq = cache.open();
         Ok(Self { model, gates, cache, seq, max_tokens, chunk: CHUNK[model.device().is_cuda() as usize] })
     }
 

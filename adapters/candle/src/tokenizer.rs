@@ -21,7 +21,8 @@ use crate::error::{Error, Result};
 const SPACE: &str = "▁";
 
 /// Special tokens that end a turn or a text whatever the file names as its eos: chat models stop at either.
-const END_TEXTS: [&str; 8] = [
+const END_TEXTS: [&str; 9] = [
+    "<|end|>",
     "<|im_end|>",
     "<|endoftext|>",
     "<|eot_id|>",

@@ -266,6 +266,7 @@ fn gguf_name(name: &str) -> String {
         );
     };
     let rest = [
+        ("self_attn.qkv_proj", "attn_qkv"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
@@ -274,6 +275,7 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.k_norm", "attn_k_norm"),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
+        ("mlp.gate_up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
@@ -298,6 +300,8 @@ mod tests {
             ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
             ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
             ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
+            ("model.layers.1.self_attn.qkv_proj.weight", "blk.1.attn_qkv.weight"),
+            ("model.layers.1.mlp.gate_up_proj.weight", "blk.1.ffn_up.weight"),
         ] {
             assert_eq!(gguf_name(ours), theirs);
         }

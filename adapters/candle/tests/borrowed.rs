@@ -89,7 +89,7 @@ enum File {
 }
 
 fn model(arch: &'static str, kv_heads: usize, file: File, dir: &Path) -> Lm {
-    let tiny = Tiny::new(arch, kv_heads, 16, arch != "qwen2", json!({})).in_bf16();
+    let tiny = Tiny::new(arch, kv_heads, 16, arch != "qwen2", json!({"no_rope_layer_interval": 2})).in_bf16();
     let path = dir.join(if file == File::Gguf { "m.gguf" } else { "model" });
     match file {
         File::Gguf => tiny.write_gguf(&path, GgmlDType::F32),
@@ -143,6 +143,8 @@ fn decisions_are_those_of_the_training() {
         ("qwen3", 2, File::Folder, PerGate::Head, Trains::Gates),
         ("qwen3", 4, File::Folder, PerGate::Head, Trains::Gates),
         ("llama", 1, File::Folder, PerGate::Head, Trains::Gates),
+        ("phi3", 2, File::Folder, PerGate::Head, Trains::Gates),
+        ("smollm3", 2, File::Folder, PerGate::Head, Trains::Gates),
         ("qwen2", 2, File::Folder, PerGate::Layer, Trains::Full),
         ("qwen3", 2, File::Folder, PerGate::Head, Trains::Full),
         ("llama", 2, File::Gguf, PerGate::Head, Trains::Lora { rank: 4 }),

@@ -21,7 +21,9 @@ const HEAD_DIM: usize = HIDDEN / HEADS;
 const TEMPLATE: &str = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}";
 
 fn tiny(arch: &'static str, tied: bool) -> Tiny {
-    Tiny::new(arch, 2, HEAD_DIM, tied, json!({})).in_bf16()
+    // SmolLM3's fourth layer is the first that differs.
+    let extra = if arch == "smollm3" { json!({"num_hidden_layers": 4}) } else { json!({}) };
+    Tiny::new(arch, 2, HEAD_DIM, tied, extra).in_bf16()
 }
 
 /// A place with a model folder, its gates beside it, and room for what is exported.
@@ -104,11 +106,22 @@ fn rows(tensor: &Tensor) -> Vec<Vec<f32>> {
 
 #[test]
 fn a_folder_with_gates_is_the_same_model_again() {
-    for (arch, tied) in [("llama", true), ("llama", false), ("qwen2", false), ("qwen3", true)] {
+    for (arch, tied) in [
+        ("llama", true),
+        ("llama", false),
+        ("mistral", false),
+        ("phi3", true),
+        ("qwen2", false),
+        ("qwen3", true),
+        ("smollm3", true),
+    ] {
         let place = Place::new();
         let lm = place.folder(&tiny(arch, tied));
         let done = place.export(&lm, Some(GateLayout::Nvidia)).unwrap();
-        assert_eq!((done.layout, done.gate_tensors, done.merged), (GateLayout::Nvidia, 2 * LAYERS, Merged::Nothing));
+        assert_eq!(
+            (done.layout, done.gate_tensors, done.merged),
+            (GateLayout::Nvidia, 2 * lm.model().config().layers, Merged::Nothing)
+        );
         let again = load(&place.path("out"));
         assert_eq!(again.model().config(), lm.model().config());
         assert_eq!(again.chat("hello").unwrap(), "<user>hello");
@@ -178,19 +191,20 @@ fn pages_are_shorter_than_the_window() {
 
 #[test]
 fn a_gguf_file_becomes_a_folder() {
-    for arch in ["llama", "qwen2", "qwen3"] {
+    for arch in ["llama", "phi3", "qwen2", "qwen3", "smollm3"] {
         let place = Place::new();
         let lm = place.gguf(&tiny(arch, arch == "qwen3"));
         place.export(&lm, None).unwrap();
         let again = load(&place.path("out"));
         assert_eq!(again.model().config().rope.layout, RopeLayout::HalfSplit);
         assert_eq!(again.model().config().rope.inv_freq, lm.model().config().rope.inv_freq);
+        assert_eq!(again.model().config().others, lm.model().config().others);
         assert_eq!(again.tokenizer().eos(), lm.tokenizer().eos());
         assert_eq!(again.chat("hello").unwrap(), lm.chat("hello").unwrap());
         let text = "<|im_start|>user\nabab naïve café<|im_end|>";
         assert_eq!(again.tokenizer().encode(text).unwrap(), lm.tokenizer().encode(text).unwrap());
         // Sums over the components of a head are taken in another order where they were interleaved.
-        let tolerance = if lm.model().config().arch == Arch::Llama { 2e-4 } else { 0.0 };
+        let tolerance = if matches!(lm.model().config().arch, Arch::Llama | Arch::SmolLm3) { 2e-4 } else { 0.0 };
         for (policy, before) in [("full", "full"), ("dms", &dms(&place.path("gates")))] {
             let ((logits, stats), (expected, held)) = (walk(&again, policy), walk(&lm, before));
             let off = furthest(&logits, &expected);

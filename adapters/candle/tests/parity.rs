@@ -11,7 +11,7 @@ use candle_core::{
 use candle_nn::VarBuilder;
 use candle_transformers::models as theirs;
 use kvpolicy::{CpuConfig, KvCache, Phase, Registry, cpu};
-use kvpolicy_candle::{Lm, LoadOptions, Model, SessionOptions};
+use kvpolicy_candle::{Lm, LoadOptions, Model, Session, SessionOptions};
 use serde_json::json;
 use std::{
     fs::File,
@@ -25,26 +25,56 @@ type Theirs = Box<dyn FnMut(&Tensor, usize) -> Tensor>;
 /// A prompt, then decode: logits agree after each step, relative to the largest.
 fn assert_equal(what: &str, ours: &Model, theirs: &mut Theirs, tolerance: f32) {
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % VOCAB as u32).collect();
-    let spec = ours.config().spec();
-    let policy = Registry::standard().parse("full").unwrap();
-    let store = cpu(&spec, &CpuConfig { page_size: 5, ..CpuConfig::default() }).unwrap();
-    let mut cache = KvCache::new(spec, policy, store).unwrap();
+    let mut cache = full(ours);
     let seq = cache.open();
     let mut at = 0;
     for len in std::iter::once(24).chain(std::iter::repeat_n(1, 16)) {
         let phase = if at == 0 { Phase::Prefill { last: true } } else { Phase::Decode };
         let step = cache.begin(&[(seq, len, phase)]).unwrap();
         let chunk = &tokens[at..at + len];
-        let got: Vec<f32> =
-            ours.forward(chunk, &step, &mut cache, None).unwrap().squeeze(0).unwrap().to_vec1().unwrap();
+        let got = numbers(ours.forward(chunk, &step, &mut cache, None).unwrap());
         assert!(cache.end(step).is_empty());
-        let input = Tensor::new(chunk, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let want: Vec<f32> = theirs(&input, at).flatten_all().unwrap().to_vec1().unwrap();
-        let size = want.iter().map(|x| x.abs()).fold(0f32, f32::max);
-        let error = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-        assert!(error <= tolerance * size, "{what} after {} tokens: off by {error} of {size}", at + len);
+        assert_close(&format!("{what} after {} tokens", at + len), &got, &numbers(theirs(&row(chunk), at)), tolerance);
         at += len;
     }
+}
+
+fn full(model: &Model) -> KvCache {
+    let (spec, policy) = (model.config().spec(), Registry::standard().parse("full").unwrap());
+    let store = cpu(&spec, &CpuConfig { page_size: 5, ..CpuConfig::default() }).unwrap();
+    KvCache::new(spec, model.config().policy(policy, 512).unwrap(), store).unwrap()
+}
+
+/// Each model goes on from its own choice: the same 48 tokens.
+fn assert_same_text(what: &str, ours: &Model, theirs: &mut Theirs) {
+    let prompt: Vec<u32> = (0..12).map(|i| (i * 53 + 7) % VOCAB as u32).collect();
+    let mut cache = full(ours);
+    let seq = cache.open();
+    let (mut own, mut other) = (prompt.clone(), prompt);
+    for at in std::iter::once(0).chain(12..59) {
+        let phase = if at == 0 { Phase::Prefill { last: true } } else { Phase::Decode };
+        let step = cache.begin(&[(seq, own.len() - at, phase)]).unwrap();
+        let tokens = Tensor::new(&own[at..], &Device::Cpu).unwrap();
+        own.push(ours.greedy(&tokens, &step, &mut cache, None).unwrap().to_vec1().unwrap()[0]);
+        assert!(cache.end(step).is_empty());
+        let logits = numbers(theirs(&row(&other[at..]), at));
+        other.push(greedy(&logits));
+    }
+    assert_eq!(own, other, "{what}");
+}
+
+fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    let size = want.iter().map(|x| x.abs()).fold(0f32, f32::max);
+    let error = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    assert!(got.len() == want.len() && error <= tolerance * size, "{what}: off by {error} of {size}");
+}
+
+fn row(tokens: &[u32]) -> Tensor {
+    Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap()
+}
+
+fn numbers(logits: Tensor) -> Vec<f32> {
+    logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn safetensors(tiny: &Tiny, dir: &Path) -> Model {
@@ -100,10 +130,113 @@ fn qwen3_equals_candle_transformers() {
     }
 }
 
+fn mistral(tiny: &Tiny) -> Theirs {
+    let config: theirs::mistral::Config = serde_json::from_value(tiny.config()).unwrap();
+    let mut model = theirs::mistral::Model::new(&config, variables(tiny)).unwrap();
+    Box::new(move |x, offset| model.forward(x, offset).unwrap())
+}
+
+#[test]
+fn mistral_equals_candle_transformers() {
+    // Mistral Nemo has a head_dim that is not hidden / heads, and a window as long as the context is none.
+    for (kv_heads, head_dim, window) in [(2, 16, json!(null)), (4, 16, json!(512)), (1, 32, json!(null))] {
+        let tiny = Tiny::new("mistral", kv_heads, head_dim, false, json!({ "sliding_window": window }));
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, what) = (safetensors(&tiny, dir.path()), format!("mistral kv_heads={kv_heads}"));
+        assert_eq!(ours.config().window(0), None);
+        assert_equal(&what, &ours, &mut mistral(&tiny), 1e-4);
+        assert_same_text(&what, &ours, &mut mistral(&tiny));
+    }
+}
+
+fn phi3(tiny: &Tiny) -> Theirs {
+    let config: theirs::phi3::Config = serde_json::from_value(tiny.config()).unwrap();
+    let mut model = theirs::phi3::Model::new(&config, variables(tiny)).unwrap();
+    Box::new(move |x, offset| model.forward(x, offset).unwrap())
+}
+
+#[test]
+fn phi3_equals_candle_transformers() {
+    for (kv_heads, tied) in [(2, false), (4, true), (1, false)] {
+        let tiny = Tiny::new("phi3", kv_heads, HIDDEN / HEADS, tied, json!({ "partial_rotary_factor": 1.0 }));
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, what) = (safetensors(&tiny, dir.path()), format!("phi3 kv_heads={kv_heads}"));
+        assert_equal(&what, &ours, &mut phi3(&tiny), 1e-4);
+        assert_same_text(&what, &ours, &mut phi3(&tiny));
+    }
+}
+
+fn smollm3(tiny: &Tiny) -> Theirs {
+    let config: theirs::smol::smollm3::Config = serde_json::from_value(tiny.config()).unwrap();
+    let mut model = theirs::smol::smollm3::ModelForCausalLM::new(&config, variables(tiny)).unwrap();
+    Box::new(move |x, offset| model.forward(x, offset).unwrap())
+}
+
+#[test]
+fn smollm3_equals_candle_transformers() {
+    for (kv_heads, tied, without_rope, layers) in [
+        (2, false, json!({ "no_rope_layers": [1, 0] }), [false, true]),
+        (4, true, json!({ "no_rope_layers": [0, 1, 1, 0] }), [true, false]),
+        (1, true, json!({ "no_rope_layer_interval": 1 }), [true, true]),
+        (1, true, json!({ "no_rope_layer_interval": 4 }), [false, false]),
+    ] {
+        let tiny = Tiny::new("smollm3", kv_heads, HIDDEN / HEADS, tied, without_rope);
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, what) = (safetensors(&tiny, dir.path()), format!("smollm3 kv_heads={kv_heads} {layers:?}"));
+        let others = ours.config().others.as_ref().map(|others| others.which.clone());
+        assert_eq!(others.unwrap_or_default(), if layers == [false; 2] { vec![] } else { layers.to_vec() });
+        assert_equal(&what, &ours, &mut smollm3(&tiny), 1e-4);
+        assert_same_text(&what, &ours, &mut smollm3(&tiny));
+    }
+}
+
+/// candle-transformers reads a GGUF file of SmolLM3 for heads of 128 components alone, and rounds to 8 bits: the model of the
+/// same weights in safetensors stands for it.
+#[test]
+fn a_gguf_file_of_smollm3_is_the_same_model() {
+    let tiny =
+        Tiny::new("smollm3", 2, HIDDEN / HEADS, true, json!({ "num_hidden_layers": 5, "no_rope_layer_interval": 4 }));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    tiny.write_gguf(&path, GgmlDType::F32);
+    let (gguf, folder) = (Model::from_gguf(&path, &LoadOptions::default()).unwrap(), safetensors(&tiny, dir.path()));
+    let which = folder.config().others.as_ref().map(|others| others.which.clone());
+    assert_eq!(which, Some(vec![false, false, false, true, false]));
+    assert_equal("smollm3", &gguf, &mut smollm3(&tiny), 1e-4);
+}
+
+/// candle-transformers shows a query one token more than its window, and applies it to prompts only: a model of its own
+/// for each length, with a window of one less, reads all as a prompt.
+#[test]
+fn a_sliding_window_equals_candle_transformers() {
+    const WINDOW: usize = 8;
+    let of = |window: usize| Tiny::new("mistral", 2, 16, false, json!({ "sliding_window": window }));
+    let dir = tempfile::tempdir().unwrap();
+    let ours = safetensors(&of(WINDOW), dir.path());
+    let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % VOCAB as u32).collect();
+    let full = Registry::standard().parse("full").unwrap();
+    let mut session = Session::new(&ours, None, full, &SessionOptions::default()).unwrap();
+    let mut at = 0;
+    for len in [3, 21, 1, 1, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1] {
+        let chunk = &tokens[at..at + len];
+        let got = match *chunk {
+            [token] => session.decode(token).unwrap(),
+            _ => session.prefill(chunk, true).unwrap(),
+        };
+        at += len;
+        let want = numbers(mistral(&of(WINDOW - 1))(&row(&tokens[..at]), 0));
+        assert_close(&format!("after {at} tokens"), &numbers(got), &want, 1e-4);
+    }
+    assert_eq!((session.cache().live(0, session.seq()), at), (vec![WINDOW; 2], 40));
+}
+
+/// What candle-transformers reads of GGUF: architecture, components of a head, whether the output is the embedding.
+const QUANTIZED: [(&str, usize, bool); 5] =
+    [("llama", 16, true), ("llama", 16, false), ("qwen2", 16, true), ("qwen3", 32, false), ("phi3", 16, false)];
+
 #[test]
 fn gguf_models_equal_candle_transformers() {
-    for (arch, head_dim, tied) in [("llama", 16, true), ("llama", 16, false), ("qwen2", 16, true), ("qwen3", 32, false)]
-    {
+    for (arch, head_dim, tied) in QUANTIZED {
         let tiny = Tiny::new(arch, 2, head_dim, tied, json!({}));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
@@ -135,9 +268,7 @@ fn quantized_models_equal_candle_transformers_up_to_rounded_activations() {
 
 fn quantized_models_agree_within(tolerance: f32) {
     for matrices in [GgmlDType::Q8_0, GgmlDType::Q4_1] {
-        for (arch, head_dim, tied) in
-            [("llama", 16, true), ("llama", 16, false), ("qwen2", 16, true), ("qwen3", 32, false)]
-        {
+        for (arch, head_dim, tied) in QUANTIZED {
             let tiny = Tiny::new(arch, 2, head_dim, tied, json!({}));
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("model.gguf");
@@ -156,6 +287,11 @@ fn quantized(arch: &str, path: &Path) -> Theirs {
     match arch {
         "llama" => {
             let mut model = theirs::quantized_llama::ModelWeights::from_gguf(content, &mut file, &device).unwrap();
+            Box::new(move |x, offset| model.forward(x, offset).unwrap())
+        }
+        "phi3" => {
+            let model = theirs::quantized_phi3::ModelWeights::from_gguf(false, content, &mut file, &device);
+            let mut model = model.unwrap();
             Box::new(move |x, offset| model.forward(x, offset).unwrap())
         }
         "qwen2" => {
@@ -189,15 +325,13 @@ fn follow(arch: &str, path: &Path, mut each: impl FnMut(usize, &[f32], &[f32])) 
     let prompt = lm.tokenizer().encode(&lm.chat("Explain in a few sentences how rain forms.").unwrap()).unwrap();
     let mut model = quantized(arch, path);
     let mut session = lm.session(Registry::standard().parse("full").unwrap(), &SessionOptions::default()).unwrap();
-    let input = |tokens: &[u32]| Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let numbers = |logits: Tensor| -> Vec<f32> { logits.flatten_all().unwrap().to_vec1().unwrap() };
     let mut ours = numbers(session.prefill(&prompt, true).unwrap());
-    let mut theirs = numbers(model(&input(&prompt), 0));
+    let mut theirs = numbers(model(&row(&prompt), 0));
     for i in 0..64 {
         each(i, &ours, &theirs);
         let token = greedy(&theirs);
         ours = numbers(session.decode(token).unwrap());
-        theirs = numbers(model(&input(&[token]), prompt.len() + i));
+        theirs = numbers(model(&row(&[token]), prompt.len() + i));
     }
 }
 

@@ -29,6 +29,7 @@ fn config(family: &str) -> Config {
             "model_type": family, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 40, "rms_norm_eps": 1e-6,
             "rope_theta": 1000.0, "max_position_embeddings": 512, "tie_word_embeddings": family == "llama",
+            "no_rope_layer_interval": 2,
         })
         .to_string(),
     )
@@ -147,7 +148,7 @@ fn gate_gradients_are_the_slopes_of_the_loss() {
 
 #[test]
 fn weight_gradients_are_the_slopes_of_the_loss() {
-    for family in ["llama", "qwen2", "qwen3"] {
+    for family in ["llama", "phi3", "qwen2", "qwen3", "smollm3"] {
         let mut model = model(family);
         let batch = batch(2, 13);
         let params = model.parameters().unwrap();
@@ -161,6 +162,17 @@ fn weight_gradients_are_the_slopes_of_the_loss() {
         };
         check(&params, &gradients, loss, 2e-3);
     }
+}
+
+#[test]
+fn a_model_with_windows_is_trained_within_them_or_refused() {
+    let json = r#"{"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "vocab_size": 40, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
+        "sliding_window": 12}"#;
+    let model = Model::random(Config::from_json(json).unwrap(), DType::F32, &Device::Cpu, 3).unwrap();
+    assert!(next_token_gradients(&model, &batch(2, 12)).is_ok());
+    let error = next_token_gradients(&model, &batch(2, 13)).unwrap_err().to_string();
+    assert!(error.contains("Mistral") && error.contains("sliding window of 12"), "{error}");
 }
 
 fn settings(steps: u64) -> RunConfig {

@@ -1,29 +1,14 @@
 //! A GGUF file's configuration as `config.json` says it.
 
-use super::{Arch, Config, inverse_frequencies, real, text};
+use super::{
+    Arch, Config,
+    gguf::{real, text},
+    inverse_frequencies,
+};
 use crate::error::{Error, Result};
 use candle_core::quantized::gguf_file;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
-
-impl Arch {
-    /// The class that Hugging Face's `transformers` has for it.
-    pub(crate) fn class(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-            Self::Qwen2 => "Qwen2ForCausalLM",
-            Self::Qwen3 => "Qwen3ForCausalLM",
-        }
-    }
-
-    fn model_type(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-        }
-    }
-}
 
 impl Config {
     /// The fields of a Hugging Face `config.json` for this configuration of a GGUF file with this metadata. Rows of q and k
@@ -52,7 +37,7 @@ impl Config {
     fn shape(&self) -> Map<String, Value> {
         let mut fields = object(json!({
             "architectures": [self.arch.class()],
-            "model_type": self.arch.model_type(),
+            "model_type": self.arch.names().hf,
             "hidden_size": self.hidden,
             "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers,
@@ -68,7 +53,14 @@ impl Config {
             "torch_dtype": "bfloat16",
         }));
         fields.extend(object(match self.arch {
-            Arch::Llama => json!({ "mlp_bias": self.mlp_bias }),
+            Arch::Phi3 => {
+                json!({ "sliding_window": self.window(0), "original_max_position_embeddings": self.max_context })
+            }
+            Arch::SmolLm3 => json!({
+                "mlp_bias": self.mlp_bias,
+                "no_rope_layers": (0..self.layers).map(|layer| !self.is_other(layer) as u8).collect::<Vec<_>>(),
+            }),
+            Arch::Llama | Arch::Mistral => json!({ "mlp_bias": self.mlp_bias }),
             // Their loaders ask for these.
             Arch::Qwen2 | Arch::Qwen3 => {
                 json!({ "use_sliding_window": false, "sliding_window": null, "max_window_layers": self.layers })

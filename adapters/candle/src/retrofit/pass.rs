@@ -5,8 +5,8 @@ use super::{dense, donors::Donors};
 use crate::{
     config::Config,
     error::Result,
-    model::{Block, Model},
-    ops::{self, Rotation},
+    model::{Model, Rotations},
+    ops,
 };
 use candle_core::{DType, Tensor};
 use kvpolicy::retrofit::{Named, SoftAttention};
@@ -16,7 +16,7 @@ use kvpolicy::retrofit::{Named, SoftAttention};
 pub(super) struct Pass<'a> {
     model: &'a Model,
     attention: SoftAttention,
-    rotation: Rotation,
+    rotations: Rotations<'a>,
     donors: Option<&'a Donors>,
 }
 
@@ -61,14 +61,14 @@ impl<'a> Pass<'a> {
         window: usize,
         donors: Option<&'a Donors>,
     ) -> Result<Self> {
+        model.config().check_trainable(length)?;
         let Config { q_heads, kv_heads, head_dim, .. } = *model.config();
         let scale = 1.0 / (head_dim as f32).sqrt();
         let positions: Vec<u32> = (0..sequences).flat_map(|_| 0..length as u32).collect();
         let positions = Tensor::new(positions, model.device())?;
-        let rotation =
-            Rotation::new(positions, model.inv_freq.clone(), model.config().rope.layout, model.embedding.dtype());
+        let rotations = model.rotations(&positions);
         let attention = SoftAttention { sequences, length, q_heads, kv_heads, head_dim, window, scale };
-        Ok(Self { model, attention, rotation, donors })
+        Ok(Self { model, attention, rotations, donors })
     }
 
     pub(super) fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
@@ -80,7 +80,7 @@ impl<'a> Pass<'a> {
         let block = &self.model.blocks[layer];
         let eps = self.model.config().rms_eps;
         let normed = ops::rms_norm(x, &block.attention_norm, eps)?;
-        let (raw, qkv) = self.heads(block, &normed)?;
+        let (raw, qkv) = self.heads(layer, &normed)?;
         let (attended, lse) = self.attention.forward(&qkv, keep)?;
         let y = block.o.forward(&attended.flatten_from(1)?)?;
         let (middle, mlp_normed) = ops::add_rms_norm(x, &y, &block.mlp_norm, eps)?;
@@ -89,19 +89,21 @@ impl<'a> Pass<'a> {
         Ok((out, Activations { normed, raw, qkv, lse, attended, middle, mlp_normed, gate_up }))
     }
 
-    fn heads(&self, block: &Block, normed: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
+    fn heads(&self, layer: usize, normed: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
+        let (block, rotation) = (&self.model.blocks[layer], self.rotations.of(layer));
         let product = block.qkv.product(normed)?;
         let raw = if block.heads.q_norm.is_some() { Some(block.heads.biased(&product)?) } else { None };
-        let Some(donors) = self.donors else { return Ok((raw, block.heads.rotated(product, &self.rotation)?)) };
+        let Some(donors) = self.donors else { return Ok((raw, block.heads.rotated(product, rotation)?)) };
         let [q, k, v] = block.heads.before_rope(&product)?;
-        let rotated = Tensor::cat(&[self.rotation.apply(&donors.hide(&q)?)?, self.rotation.apply(&k)?, v], 1)?;
+        let rotated = Tensor::cat(&[rotation.apply(&donors.hide(&q)?)?, rotation.apply(&k)?, v], 1)?;
         Ok((raw, donors.hide(&rotated)?))
     }
 
     /// The gradient of queries, keys and values before RoPE, given that after it.
-    fn unrotated(&self, block: &Block, after: Tensor) -> Result<Tensor> {
-        let Some(donors) = self.donors else { return block.heads.unrotate(after, &self.rotation) };
-        donors.hide(&block.heads.unrotate(donors.hide(&after)?, &self.rotation)?)
+    fn unrotated(&self, layer: usize, after: Tensor) -> Result<Tensor> {
+        let (heads, rotation) = (&self.model.blocks[layer].heads, self.rotations.of(layer));
+        let Some(donors) = self.donors else { return heads.unrotate(after, rotation) };
+        donors.hide(&heads.unrotate(donors.hide(&after)?, rotation)?)
     }
 
     /// Gradients of a block, given that with respect to what it returned. `weights`: whether those of its weights count.
@@ -122,7 +124,7 @@ impl<'a> Pass<'a> {
         let middle = ops::rms_norm_backward(&a.middle, &block.mlp_norm, eps, &mlp_normed, Some(out))?;
         let attended = middle.matmul(dense(&block.o.matrix)?)?.reshape(a.attended.dims())?;
         let grads = self.attention.backward(&a.qkv, keep, &a.attended, &a.lse, &attended)?;
-        let after_norm = self.unrotated(block, grads.qkv)?;
+        let after_norm = self.unrotated(layer, grads.qkv)?;
         let qkv = match &a.raw {
             // A GPU overwrites what it is given, and the weights' gradients need it again.
             Some(raw) => block.heads.norm_backward(raw, after_norm.copy()?)?,

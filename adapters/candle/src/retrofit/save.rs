@@ -5,7 +5,7 @@ use super::{
     trainee::{Trainee, is_adapter},
 };
 use crate::{
-    config::Config,
+    config::{Config, Projection},
     error::{Error, Result},
     gates,
 };
@@ -52,22 +52,28 @@ pub fn save_weights(dir: &Path, trainee: &Trainee, params: &Named) -> Result<()>
     for file in [&weights_file, &adapter_file].into_iter().filter(|file| file.is_file()) {
         fs::remove_file(file).map_err(|e| Error::file(file, e))?;
     }
-    let whole = |is_wanted: fn(&str) -> bool| {
+    let config = trainee.model().config();
+    let whole = |is_wanted: &dyn Fn(&str) -> bool| {
         let mut weights = trainee.student(params)?.hf_tensors()?;
         weights.retain(|name, _| name.starts_with("model.layers.") && is_wanted(name));
         write(&weights_file, &rounded(&weights)?, None)
     };
     match (trainee.trains(), trainee.borrows()) {
         (Trains::Gates, false) => Ok(()),
-        (Trains::Gates, true) => whole(|name| name.contains(".q_proj.")),
+        (Trains::Gates, true) => {
+            let [Projection { parts, .. }, ..] = config.projections();
+            whole(&|name| name.contains(&format!(".{}.", parts[0].0)))
+        }
         // A LoRA has no words for neurons that were set to zero first.
-        (Trains::Full, _) | (Trains::Lora { .. }, true) => whole(|_| true),
+        (Trains::Full, _) | (Trains::Lora { .. }, true) => whole(&|_| true),
         (Trains::Lora { rank }, false) => {
-            write(&adapter_file, &peft_tensors(trainee.model().config(), params)?, None)?;
+            write(&adapter_file, &peft_tensors(config, params)?, None)?;
+            let parts = config.projections().into_iter().flat_map(|projection| projection.parts);
+            let modules: Vec<&str> = parts.filter_map(|(part, _)| part.rsplit('.').next()).collect();
             let config = json!({
                 "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": LORA_SCALE * rank as f64,
                 "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": false, "inference_mode": true,
-                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+                "target_modules": modules,
             });
             replace(&dir.join("adapter_config.json"), |temporary| fs::write(temporary, format!("{config:#}\n")))
         }
@@ -79,7 +85,7 @@ pub fn save_weights(dir: &Path, trainee: &Trainee, params: &Named) -> Result<()>
 fn peft_tensors(config: &Config, params: &Named) -> Result<Named> {
     let mut all = Named::new();
     for layer in 0..config.layers {
-        for (joined, parts) in config.projections() {
+        for Projection { name: joined, parts } in config.projections() {
             let (a, b) = factors(params, &format!("layers.{layer}.{joined}"))?;
             let b = if joined == "qkv" { &config.half_split(b)? } else { b };
             let mut from = 0;

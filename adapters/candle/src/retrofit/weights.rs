@@ -12,18 +12,6 @@ use candle_core::{DType, Tensor};
 use kvpolicy::{RopeLayout, retrofit::Named};
 
 impl Config {
-    /// The projections of a block as they are joined here: the name, and the parts by their Hugging Face names with the rows
-    /// of each.
-    pub(super) fn projections(&self) -> [(&'static str, Vec<(&'static str, usize)>); 4] {
-        let (q, kv) = (self.q_heads * self.head_dim, self.kv_heads * self.head_dim);
-        [
-            ("qkv", vec![("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]),
-            ("o", vec![("self_attn.o_proj", self.hidden)]),
-            ("gate_up", vec![("mlp.gate_proj", self.ffn), ("mlp.up_proj", self.ffn)]),
-            ("down", vec![("mlp.down_proj", self.hidden)]),
-        ]
-    }
-
     /// Rows of q, k and v, `[(q_heads + 2 kv_heads) * head_dim, ..]`, in the order of Hugging Face.
     pub(super) fn half_split(&self, qkv: &Tensor) -> Result<Tensor> {
         let Config { q_heads, kv_heads, head_dim, .. } = *self;
@@ -107,7 +95,7 @@ impl Model {
     /// # Errors
     /// [`Error::Model`] if they are quantized.
     pub fn hf_tensors(&self) -> Result<Named> {
-        let [(_, qkv), (_, o), (_, gate_up), (_, down)] = self.config().projections();
+        let [qkv, o, gate_up, down] = self.config().projections().map(|projection| projection.parts);
         let mut all = Named::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             let name = |part: &str| format!("model.layers.{layer}.{part}");

@@ -46,7 +46,7 @@ impl Tiny {
         if !tied {
             add("lm_head.weight".into(), random(&[VOCAB, HIDDEN], 0.5, 0.0));
         }
-        for layer in 0..LAYERS {
+        for layer in 0..layers(&extra) {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             let (q, kv) = (HEADS * head_dim, kv_heads * head_dim);
             for (part, rows, columns) in [
@@ -74,12 +74,15 @@ impl Tiny {
                 }
             }
         }
+        if arch == "phi3" {
+            tensors = merged(tensors);
+        }
         Self { arch, kv_heads, head_dim, tied, extra, tensors }
     }
 
     pub fn config(&self) -> Value {
         let mut config = json!({
-            "model_type": self.arch, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+            "model_type": self.arch, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": layers(&self.extra),
             "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
             "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512,
             "tie_word_embeddings": self.tied, "attention_bias": false, "hidden_act": "silu",
@@ -116,7 +119,7 @@ impl Tiny {
             Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap()
         };
         let mut tensors = HashMap::new();
-        for layer in 0..LAYERS {
+        for layer in 0..layers(&self.extra) {
             let name = format!("model.layers.{layer}.self_attn.dms_proj_alpha");
             tensors.insert(format!("{name}_norm.weight"), random(&[HIDDEN], 1.0));
             tensors.insert(format!("{name}.weight"), random(&[self.kv_heads, HIDDEN], 0.0));
@@ -130,6 +133,12 @@ impl Tiny {
         std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     }
 
+    /// Rows of q or k, half a head apart, as a converter puts them side by side.
+    fn interleaved(&self, rows: &Tensor) -> Tensor {
+        let pairs = rows.reshape(((), 2, self.head_dim / 2, HIDDEN)).unwrap().transpose(1, 2).unwrap();
+        pairs.contiguous().unwrap().reshape(rows.shape()).unwrap()
+    }
+
     pub fn write_gguf(&self, path: &Path, matrices: GgmlDType) {
         let key = |suffix: &str| format!("{}.{suffix}", self.arch);
         use gguf_file::Value::{Array, F32, I32, String, U32};
@@ -139,7 +148,7 @@ impl Tiny {
         let (tokens, types): (Vec<_>, Vec<_>) = tokens.map(|(token, kind)| (String(token), I32(kind))).unzip();
         let template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-        let metadata = [
+        let mut metadata = vec![
             ("tokenizer.ggml.model".to_string(), String("gpt2".to_string())),
             ("tokenizer.ggml.pre".to_string(), String("default".to_string())),
             ("tokenizer.ggml.tokens".to_string(), Array(tokens)),
@@ -151,7 +160,7 @@ impl Tiny {
             ("general.dtype".to_string(), U32(0)),
             (key("embedding_length"), U32(HIDDEN as u32)),
             (key("feed_forward_length"), U32(FFN as u32)),
-            (key("block_count"), U32(LAYERS as u32)),
+            (key("block_count"), U32(layers(&self.extra) as u32)),
             (key("attention.head_count"), U32(HEADS as u32)),
             (key("attention.head_count_kv"), U32(self.kv_heads as u32)),
             (key("attention.key_length"), U32(self.head_dim as u32)),
@@ -160,8 +169,13 @@ impl Tiny {
             (key("rope.freq_base"), F32(10000.0)),
             (key("context_length"), U32(512)),
         ];
+        if let (Some(window), true) = (self.extra["sliding_window"].as_u64(), self.arch != "llama") {
+            metadata.push((key("attention.sliding_window"), U32(window as u32)));
+        }
         let quantize = |name: &std::string::String, tensor: &Tensor| {
             let dtype = if tensor.dims().len() == 2 { matrices } else { GgmlDType::F32 };
+            let head = |part: &str| self.arch == "smollm3" && name.contains(part);
+            let tensor = if head(".q_proj.") || head(".k_proj.") { &self.interleaved(tensor) } else { tensor };
             (gguf_name(name), QTensor::quantize(tensor, dtype).unwrap())
         };
         let tensors: Vec<(std::string::String, QTensor)> = self.tensors.iter().map(|(n, t)| quantize(n, t)).collect();
@@ -169,6 +183,11 @@ impl Tiny {
         let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
     }
+}
+
+/// [`LAYERS`], unless a configuration says otherwise.
+fn layers(extra: &Value) -> usize {
+    extra["num_hidden_layers"].as_u64().unwrap_or(LAYERS as u64) as usize
 }
 
 fn gguf_name(name: &str) -> String {
@@ -182,14 +201,32 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.q_norm", "attn_q_norm"),
         ("self_attn.k_norm", "attn_k_norm"),
         ("self_attn.o_proj", "attn_output"),
+        ("self_attn.qkv_proj", "attn_qkv"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
+        ("mlp.gate_up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
     ];
     pairs.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
+}
+
+/// Phi-3's: q, k and v in one tensor, gate and up in another.
+fn merged(mut tensors: HashMap<String, Tensor>) -> HashMap<String, Tensor> {
+    let joins: [(&str, &[&str]); 2] = [
+        ("self_attn.qkv_proj", &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]),
+    ];
+    for layer in 0..LAYERS {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        for (whole, parts) in joins {
+            let parts: Vec<Tensor> = parts.iter().map(|part| tensors.remove(&name(part)).unwrap()).collect();
+            tensors.insert(name(whole), Tensor::cat(&parts, 0).unwrap());
+        }
+    }
+    tensors
 }
 
 /// The character that stands for a byte in a byte-level vocabulary.
