@@ -59,6 +59,7 @@ pub mod policies;
 mod policy;
 mod registry;
 pub mod retrofit;
+pub mod runtime;
 mod spec;
 mod stats;
 mod step;

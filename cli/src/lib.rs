@@ -23,6 +23,9 @@ mod retrofit;
 mod table;
 mod train_demo;
 
+pub use compare::{About, Args as CompareArgs, Compared, compare};
+pub use model::{Float, ModelArgs, Place, device_name};
+
 use clap::{Parser, Subcommand};
 use kvpolicy::Registry;
 use std::process::ExitCode;

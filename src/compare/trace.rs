@@ -29,11 +29,15 @@ const MOMENTS: [usize; 2] = [12, 6];
 pub(super) const LONGEST: usize = 4096;
 
 /// The contenders of the contest with the shortest context at the same excerpt, three quarters of it read in pieces as a prompt
-/// and the rest token by token. Empty where that context is longer than 4,096 tokens.
+/// and the rest token by token. Empty where that context is longer than 4,096 tokens, and
+/// for a subject that only generates.
 ///
 /// # Errors
 /// Those of the host.
 pub fn trace(subject: &dyn Subject, plan: &Plan) -> Result<Vec<Trace>> {
+    if subject.only_generates() {
+        return Ok(vec![]);
+    }
     let contests = plan.contests.iter().filter(|contest| contest.context <= LONGEST);
     let Some(contest) = contests.min_by_key(|contest| contest.context) else { return Ok(vec![]) };
     let texts = Excerpts { subject, plan, contest };
