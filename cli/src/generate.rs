@@ -1,9 +1,6 @@
 use crate::{model::ModelArgs, table};
 use anyhow::{Context, Result};
-use kvpolicy::{
-    Registry,
-    compare::{Subject, problems},
-};
+use kvpolicy::{Registry, compare::problems, runtime::TextModel};
 use kvpolicy_candle::TextStream;
 use rand::{SeedableRng, rngs::StdRng};
 use std::{io::Write, path::PathBuf, time::Instant};

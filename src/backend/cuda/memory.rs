@@ -148,6 +148,11 @@ impl Memory {
         Ok(read(stream, &self.len, row, 1)?[0] as usize)
     }
 
+    /// Entries of every row, see [`Store::row_index`]. Waits for the device.
+    pub(super) fn row_lens(&self, stream: &Arc<CudaStream>) -> Result<Vec<u32>> {
+        read(stream, &self.len, 0, (self.store.layers * self.store.seats * self.store.heads) as usize)
+    }
+
     /// Positions of a row in slot order. Waits for the device.
     pub(super) fn row_positions(&self, stream: &Arc<CudaStream>, row: usize) -> Result<Vec<u32>> {
         let (len, page_size) = (self.row_len(stream, row)?, 1 << self.store.page_shift);
