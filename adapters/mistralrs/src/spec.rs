@@ -75,6 +75,7 @@ pub(crate) fn gguf_config(path: &Path) -> Result<Config> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
