@@ -26,7 +26,7 @@ pub(super) fn run(
     ensure!(prompt > 0, "prompt-tokens=0: at least one");
     let model = Model::random(Config::preset(shape)?, load.dtype, &load.device, seed)?;
     let options = SessionOptions { max_tokens: Some(prompt + generated), ..SessionOptions::default() };
-    let key_bytes = (model.config().head_dim * options.kv_dtype(&model).size_in_bytes()) as u64;
+    let entry_bytes = (2 * model.config().head_dim * options.kv_dtype(&model).size_in_bytes()) as u64;
     let page = if load.device.is_cuda() { Page::GPU } else { Page::CPU };
     let spec = model.config().spec();
     let marked = share_marked(&*policy, &spec)?;
@@ -43,7 +43,7 @@ pub(super) fn run(
         logits = session.decode(token)?;
         if done % every == 0 || done == generated {
             let (usage, seen) = (session.cache().usage(), session.seen());
-            let plan = planned(&*policy, &spec, seen, marked, page, key_bytes);
+            let plan = planned(&*policy, &spec, seen, marked, page, entry_bytes);
             let since = if done % every == 0 { every } else { done % every };
             println!(
                 "| {seen} | {:.0} | {} | {plan} | {:.3} | {} | {:.1} |",
@@ -60,7 +60,7 @@ pub(super) fn run(
 }
 
 /// Bytes of the entries that the policy's parameters allow, in pages as `kvpolicy plan` counts them.
-fn planned(policy: &dyn Policy, spec: &ModelSpec, seen: usize, marked: f64, page: Page, key_bytes: u64) -> u64 {
+fn planned(policy: &dyn Policy, spec: &ModelSpec, seen: usize, marked: f64, page: Page, entry_bytes: u64) -> u64 {
     let layer = |layer| {
         let cx = LayerCx { layer, spec };
         let protect = policy.protect(&cx);
@@ -72,7 +72,7 @@ fn planned(policy: &dyn Policy, spec: &ModelSpec, seen: usize, marked: f64, page
             Budget::Heads(n) => kept.min(n.iter().sum::<usize>() as f64 / n.len().max(1) as f64),
             Budget::Pooled { total, .. } => kept.min(total as f64 / spec.kv_heads as f64),
         };
-        spec.kv_heads as u64 * page.bytes_of_head(entries.ceil() as u64, 2 * key_bytes)
+        spec.kv_heads as u64 * page.bytes_of_head(entries.ceil() as u64, entry_bytes)
     };
     (0..spec.layers).map(layer).sum()
 }
