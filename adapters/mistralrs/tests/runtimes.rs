@@ -22,7 +22,7 @@ const POLICIES: [&str; 3] = ["full", "window:size=24,sinks=4", "tova:budget=32"]
 #[tokio::test(flavor = "multi_thread")]
 async fn runtimes_agree() {
     let dir = tempfile::tempdir().unwrap();
-    let tiny = endless("llama", json!({}));
+    let tiny = endless("llama", json!({"max_position_embeddings": 1024}));
     write(&tiny, dir.path());
     let file = dir.path().join("model.gguf");
     tiny.write_gguf(&file, GgmlDType::Q8_0);
@@ -76,7 +76,7 @@ async fn the_same_text(candle: &dyn Runtime, mistral: &dyn Runtime) {
 
 async fn prompts_that_fail_are_told(mistral: &dyn Runtime) {
     mistral.load(&policy("full")).await.unwrap();
-    let mut tokens = mistral.generate(&prompt(600), 4).await.unwrap(); // of a model with 512 positions
+    let mut tokens = mistral.generate(&prompt(1100), 4).await.unwrap(); // of a model with 1024 positions
     assert!(tokens.next().await.unwrap().is_err());
     assert!(tokens.next().await.is_none());
     drop(tokens);
@@ -91,8 +91,9 @@ impl Progress for Notes {
 
     fn unit(&mut self, _: &str) {}
 
+    /// Without the figures of the cache, which are of steps: candle reads a prompt in several. Short ones are compared above.
     fn sample(&mut self, sample: &Sample) -> kvpolicy::Result<()> {
-        self.0.push(sample.clone());
+        self.0.push(Sample { kv: None, ..sample.clone() });
         Ok(())
     }
 }
@@ -100,7 +101,7 @@ impl Progress for Notes {
 fn plan(tasks: &str) -> Plan {
     let contenders = POLICIES.map(|text| Contender { label: text.into(), policy: policy(text) });
     let groups = compare::task_groups(&Task::parse_list(tasks).unwrap());
-    let contest = |tasks| Contest { context: 480, tasks, contenders: contenders.to_vec() };
+    let contest = |tasks| Contest { context: 1000, tasks, contenders: contenders.to_vec() };
     let contests = groups.into_iter().map(contest).collect();
     Plan { contests, samples: 2, seed: 5, text: None, exams: vec![], sampling: Default::default() }
 }
