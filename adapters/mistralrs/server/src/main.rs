@@ -23,7 +23,10 @@ struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    serve: Option<Serve>,
+    options: Option<Options>, // as given, not within another struct: clap sees only a group's own arguments
+    /// Where to listen.
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    listen: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -32,21 +35,14 @@ enum Command {
     Compare(Box<CompareArgs>),
 }
 
-#[derive(Debug, clap::Args)]
-struct Serve {
-    #[command(flatten)]
-    options: Options,
-    /// Where to listen.
-    #[arg(long, default_value = "127.0.0.1:8080")]
-    listen: String,
-}
-
 #[tokio::main]
 async fn main() -> ExitCode {
     let done = match Arguments::parse() {
         Arguments { command: Some(Command::Compare(args)), .. } => compare(args).await,
-        Arguments { serve: Some(serve), .. } => run(&serve).await.map_err(|error| error.to_string()),
-        Arguments { serve: None, .. } => Err("--model is missing".into()),
+        Arguments { options: Some(options), listen, .. } => {
+            serve(&options, &listen).await.map_err(|error| error.to_string())
+        }
+        Arguments { options: None, .. } => Err("--model is missing".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -62,10 +58,10 @@ async fn compare(args: Box<CompareArgs>) -> std::result::Result<(), String> {
     compared.map_err(|error| error.to_string())?.map_err(|error| format!("{error:#}"))
 }
 
-async fn run(arguments: &Serve) -> Result<()> {
+async fn serve(options: &Options, listen: &str) -> Result<()> {
     initialize_logging();
-    let listener = TcpListener::bind(&arguments.listen).await?;
-    let served = Served::load(&arguments.options).await?;
+    let listener = TcpListener::bind(listen).await?;
+    let served = Served::load(options).await?;
     println!("http://{} serves {}", listener.local_addr()?, served.names().join(", "));
     let stop = async { _ = tokio::signal::ctrl_c().await };
     Ok(axum::serve(listener, router(served)).with_graceful_shutdown(stop).await?)
