@@ -8,8 +8,10 @@
 //! cargo run --release --features cuda --example saturate -- run /tmp/model random-gate:rate=0.9,window=256
 //! ```
 //!
-//! All requests are there at once, of the same length, which is the best case of the host's own schedulers: they decode
-//! sequences of one length together. Its own cache knows no budget, so it gets no more requests at a time than fit in.
+//! Requests of one length come one after the other, each as soon as the one before has its first token, or several at a time
+//! with `--together`. The host's own scheduler decodes only sequences of one length in a step, so it does best with many
+//! together; without flash attention a batch of long prompts is more than its kernels can address. Its cache knows no
+//! budget, so it gets no more requests at a time than fit in.
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
@@ -24,11 +26,18 @@ use mistralrs_core::{
 };
 use serde_json::{Value, json};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
     time::{Duration, Instant},
+};
+use tokio::{
+    sync::{
+        Semaphore,
+        mpsc::{Receiver, channel, unbounded_channel},
+    },
+    task::JoinSet,
 };
 
 #[derive(Debug, Parser)]
@@ -63,6 +72,9 @@ struct Run {
     /// Tokens to generate for each.
     #[arg(long, default_value_t = 128)]
     tokens: usize,
+    /// Requests that come at the same time.
+    #[arg(long, default_value_t = 1)]
+    together: usize,
     /// MiB that keys and values may take.
     #[arg(long, default_value_t = 4096)]
     kv_mib: usize,
@@ -139,8 +151,8 @@ fn write(Shape { dir, layers, hidden, vocab }: &Shape) -> anyhow::Result<()> {
 struct Loaded {
     host: Arc<MistralRs>,
     hosting: Option<Arc<Hosting>>,
-    /// Requests to send at a time.
-    wave: usize,
+    /// Requests that may be under way.
+    places: usize,
     /// What its pool has taken, if that is known before.
     pool_bytes: Option<u64>,
 }
@@ -162,14 +174,14 @@ async fn load(run: &Run, device: &Device) -> anyhow::Result<Loaded> {
     anyhow::ensure!(blocks.is_some() == (run.mode == "paged"), "mistral.rs did not do what it was asked: blocks");
     // mistral.rs makes a sequence's own cache in pieces of 512 tokens.
     let fit = (run.kv_mib << 20) / (bytes_per_token * (run.prompt + run.tokens).next_multiple_of(512));
-    let wave = if run.mode == "own" { fit.clamp(1, run.requests) } else { run.requests };
+    let places = if run.mode == "own" { fit.clamp(1, run.requests) } else { run.requests };
     let pool_bytes = blocks.as_ref().map(|blocks| (blocks.num_gpu_blocks * blocks.block_size * bytes_per_token) as u64);
     let scheduler = match blocks {
         Some(config) => SchedulerConfig::PagedAttentionMeta { max_num_seqs: run.requests, config },
-        None => SchedulerConfig::DefaultScheduler { method: DefaultSchedulerMethod::Fixed(wave.try_into()?) },
+        None => SchedulerConfig::DefaultScheduler { method: DefaultSchedulerMethod::Fixed(places.try_into()?) },
     };
     let host = MistralRsBuilder::new(pipeline, scheduler, false, None).with_no_prefix_cache(true).build().await;
-    Ok(Loaded { host, hosting, wave, pool_bytes })
+    Ok(Loaded { host, hosting, places, pool_bytes })
 }
 
 type Loading = Arc<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>;
@@ -241,34 +253,60 @@ fn best_second(times: &[Vec<f64>]) -> usize {
 }
 
 async fn serve(run: &Run, loaded: &Loaded, start: Instant, times: &Times) -> anyhow::Result<()> {
+    let places = Arc::new(Semaphore::new(loaded.places));
+    let mut under_way = JoinSet::new();
     let requests: Vec<usize> = (0..run.requests).collect();
-    for wave in requests.chunks(loaded.wave) {
-        // A first, short request holds the engine until all others are there.
+    for group in requests.chunks(run.together.clamp(1, loaded.places)) {
+        let mut taken = vec![];
+        for _ in group {
+            taken.push(places.clone().acquire_owned().await?);
+        }
+        // A short request holds the engine until the whole group is there.
         let (all_there, wait) = mpsc::channel::<()>();
         let wait = Mutex::new(wait);
         let hold = move || _ = wait.lock().map(|wait| wait.recv());
-        let mut answers = vec![send(&loaded.host, prompt(16, run.requests), 1, hold).await?];
-        for &i in wave {
-            let times = times.clone();
+        let held =
+            if group.len() > 1 { Some(send(&loaded.host, prompt(16, run.requests), 1, hold).await?) } else { None };
+        let (began, mut beginnings) = unbounded_channel();
+        for (&i, place) in group.iter().zip(taken) {
+            let (times, began) = (times.clone(), began.clone());
             let note = move || {
-                let mut times = times.lock().unwrap_or_else(PoisonError::into_inner);
-                times[i].push(start.elapsed().as_secs_f64());
+                times.lock().unwrap_or_else(PoisonError::into_inner)[i].push(start.elapsed().as_secs_f64());
+                _ = began.send(i);
             };
-            answers.push(send(&loaded.host, prompt(run.prompt, i), run.tokens, note).await?);
+            let answers = send(&loaded.host, prompt(run.prompt, i), run.tokens, note).await?;
+            under_way.spawn(async move {
+                let _place = place;
+                answered(answers).await
+            });
         }
-        drop(all_there);
-        for mut answers in answers {
-            match answers.recv().await {
-                Some(Response::CompletionDone(_)) => {}
-                Some(Response::CompletionModelError(error, _)) => anyhow::bail!(error),
-                Some(Response::InternalError(error) | Response::ValidationError(error)) => {
-                    anyhow::bail!(error.to_string())
-                }
-                _ => anyhow::bail!("mistral.rs hung up"),
-            }
+        drop((all_there, began));
+        if let Some(held) = held {
+            answered(held).await?;
+        }
+        let mut waiting: HashSet<usize> = group.iter().copied().collect();
+        while !waiting.is_empty()
+            && let Some(i) = beginnings.recv().await
+        {
+            waiting.remove(&i);
+        }
+        while let Some(ended) = under_way.try_join_next() {
+            ended??;
         }
     }
+    while let Some(ended) = under_way.join_next().await {
+        ended??;
+    }
     Ok(())
+}
+
+async fn answered(mut answers: Receiver<Response>) -> anyhow::Result<()> {
+    match answers.recv().await {
+        Some(Response::CompletionDone(_)) => Ok(()),
+        Some(Response::CompletionModelError(error, _)) => anyhow::bail!(error),
+        Some(Response::InternalError(error) | Response::ValidationError(error)) => anyhow::bail!(error.to_string()),
+        _ => anyhow::bail!("mistral.rs hung up"),
+    }
 }
 
 /// `at`: called on the host's thread before each token is chosen.
@@ -277,8 +315,8 @@ async fn send(
     prompt: Vec<u32>,
     tokens: usize,
     at: impl Fn() + Send + Sync + 'static,
-) -> anyhow::Result<tokio::sync::mpsc::Receiver<Response>> {
-    let (sender, answers) = tokio::sync::mpsc::channel(4);
+) -> anyhow::Result<Receiver<Response>> {
+    let (sender, answers) = channel(4);
     let sampling = SamplingParams { max_len: Some(tokens), ..SamplingParams::deterministic() };
     let prompt = RequestMessage::CompletionTokens(prompt);
     let mut request = NormalRequest::new_simple(prompt, sampling, sender, host.next_request_id(), None, None);
