@@ -71,6 +71,9 @@ pub trait Storage {
     }
     /// What the store holds; on a device that the host does not wait for, as of some steps ago.
     fn usage(&self) -> Usage;
+    /// Rows of these sequences whose pages are full, dead entries included: the next token takes a page for each of them at
+    /// most. May wait for the device, once.
+    fn full_rows(&self, sequences: &[SeqId]) -> u64;
     /// Entries each KV head of a layer holds for a sequence. For inspection: may wait for the device.
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize>;
     /// Positions one row holds, sorted. For inspection: may wait for the device.

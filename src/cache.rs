@@ -425,6 +425,12 @@ impl KvCache {
         self.stats
     }
 
+    /// The most pages that one more token of each of these sequences takes: one for every row whose pages are full. May wait
+    /// for the device, once.
+    pub fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        self.backend.full_rows(sequences)
+    }
+
     /// Entries each KV head of a layer holds for a sequence, those included that are dead and not yet reclaimed; empty
     /// for a layer that does not exist. For inspection: may wait for the device.
     pub fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {

@@ -108,6 +108,7 @@ mod registry;
 pub mod retrofit;
 #[cfg(feature = "router")]
 pub mod router;
+pub mod runtime;
 mod spec;
 mod stats;
 mod step;

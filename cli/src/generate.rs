@@ -2,10 +2,7 @@ use crate::{model::ModelArgs, table};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
-use kvpolicy::{
-    Registry,
-    compare::{Subject, problems},
-};
+use kvpolicy::{Registry, compare::problems, runtime::TextModel};
 use kvpolicy_candle::{Chains, TextStream, Tokenizer};
 use rand::{SeedableRng, rngs::StdRng};
 use std::{io::Write, path::PathBuf, time::Instant};

@@ -393,6 +393,12 @@ impl<E: Element> Storage for Cpu<E> {
         }
     }
 
+    fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        let page = self.usage().page_entries as usize;
+        let lens = sequences.iter().flat_map(|&seq| (0..self.spec.layers).flat_map(move |layer| self.live(layer, seq)));
+        lens.filter(|len| len.is_multiple_of(page)).count() as u64
+    }
+
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
         (0..self.spec.kv_heads).map(|head| self.row(layer, seq, head).map_or(0, Row::len)).collect()
     }

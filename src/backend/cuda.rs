@@ -599,6 +599,7 @@ impl Storage for Cuda {
     }
 
     fn wait(&mut self) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(driver("choosing the device"))?; // whoever asks
         self.readback.wait(&self.memory)
     }
 
@@ -619,6 +620,18 @@ impl Storage for Cuda {
             evicted: counters.evicted,
             dense_bytes_per_token: (self.spec.layers * self.spec.kv_heads * kv) as u64,
         }
+    }
+
+    fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        let (store, seats) = (&self.memory.store, sequences.iter().filter_map(|&seq| self.seat_of(seq)));
+        let rows = (store.layers * store.seats * store.heads) as usize;
+        let Ok(lens) = self.memory.row_lens(&self.stream, 0, rows) else { return 0 }; // the device is lost, as the next launch says
+        let page = 1 << store.page_shift;
+        let full = |seat, layer| {
+            let first = store.row_index(layer, seat, 0);
+            lens[first..first + self.spec.kv_heads].iter().filter(|len| len.is_multiple_of(page)).count() as u64
+        };
+        seats.map(|seat| (0..self.spec.layers).map(|layer| full(seat, layer)).sum::<u64>()).sum()
     }
 
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {

@@ -60,6 +60,9 @@ impl Storage for Lazy {
     fn usage(&self) -> Usage {
         self.inner.usage()
     }
+    fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        self.inner.full_rows(sequences)
+    }
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
         self.inner.live(layer, seq)
     }

@@ -141,7 +141,7 @@ impl Memory {
         })
     }
 
-    /// Entries of `n` rows. Waits for the device.
+    /// Entries of `n` rows from the first on, see [`Store::row_index`]. Waits for the device.
     pub(super) fn row_lens(&self, stream: &Arc<CudaStream>, first: usize, n: usize) -> Result<Vec<u32>> {
         stream.clone_dtoh(&self.len.slice(first..first + n)).map_err(driver("reading the store"))
     }
