@@ -9,7 +9,7 @@ use crate::{
     weights::{Linear, Matrix, Weights},
 };
 use candle_core::{DType, Device, Tensor};
-use kvpolicy::{KeyRange, KvCache, Step};
+use kvpolicy::{KeyRange, KvCache, ModelSpec, Step};
 use std::sync::OnceLock;
 
 /// A decoder of one of the families of [`Arch`], without any state: keys and values live in a [`KvCache`]. Clones share
@@ -108,6 +108,15 @@ impl Model {
         }
         let range = key_range(self)?;
         Ok(self.key_range.get_or_init(|| range).clone())
+    }
+
+    /// What a cache of keys and values of this type must know of the model, gates aside.
+    ///
+    /// # Errors
+    /// As [`Model::key_range`], which a store of 8 bits needs.
+    pub fn spec(&self, kv_dtype: DType) -> Result<ModelSpec> {
+        let key_range = if kv_dtype.size_in_bytes() == 1 { Some(self.key_range()?) } else { None };
+        Ok(ModelSpec { key_range, ..self.config.spec() })
     }
 
     /// Where its weights are.

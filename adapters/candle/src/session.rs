@@ -88,11 +88,8 @@ impl<'a> Session<'a> {
         policy: Arc<dyn Policy>,
         options: &SessionOptions,
     ) -> Result<Self> {
-        let mut spec = model.config().spec();
+        let mut spec = model.spec(options.kv_dtype(model))?;
         spec.gates = gates.as_ref().map(|gates| gates.spec());
-        if options.kv_dtype(model).size_in_bytes() == 1 {
-            spec.key_range = Some(model.key_range()?);
-        }
         let max_tokens = options.max_tokens(model);
         let policy = model.config().policy(policy, max_tokens)?;
         let mut cache = KvCache::new(spec.clone(), policy, options.store(model, &spec)?)?;
