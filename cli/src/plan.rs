@@ -74,6 +74,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 #[derive(Debug, Clone)]
 struct Model {
     layers: u64,
+    windows: Option<(u64, u64)>, // layers of them with a sliding window, and its tokens
     q_heads: u64,
     kv_heads: u64,
     head_dim: u64,
@@ -87,11 +88,13 @@ impl Model {
     fn new(shape: &Shape, weight_size: u64, kv: KvType) -> Self {
         let Config { layers, q_heads, kv_heads, head_dim, vocab, hidden, tied, .. } = shape.config;
         let parameters = shape.config.parameters() as u64;
+        let windows: Vec<u32> = (0..layers).filter_map(|layer| shape.config.window(layer)).collect();
         let embedding = if tied { 0 } else { (vocab * hidden) as u64 };
         let multiplied = parameters - embedding;
         let weights = shape.weight_bytes.unwrap_or(parameters * weight_size);
         Self {
             layers: layers as u64,
+            windows: windows.first().map(|window| (windows.len() as u64, *window as u64)),
             q_heads: q_heads as u64,
             kv_heads: kv_heads as u64,
             head_dim: head_dim as u64,
@@ -107,14 +110,38 @@ impl Model {
         self.layers * self.kv_heads * self.kv_bytes
     }
 
-    /// Of pages that hold so many entries in every KV head.
-    fn pool_bytes(&self, entries: u64, page: Page) -> u64 {
-        self.layers * self.kv_heads * page.bytes_of_head(entries, self.kv_bytes)
+    /// Layers that hold what their window shows of a context, and entries of each of their KV heads. Where every layer has a
+    /// window, they count as such only beyond it.
+    fn windowed(&self, context: u64) -> (u64, u64) {
+        match self.windows {
+            Some((layers, size)) if layers < self.layers || context > size => (layers, context.min(size)),
+            _ => (0, 0),
+        }
     }
 
-    /// Operations of a token that looks at so many entries in every head.
+    /// Entries of all layers, one KV head of each, where a policy leaves `entries` of a context in the layers it rules.
+    fn entries(&self, entries: u64, context: u64) -> u64 {
+        let (layers, window) = self.windowed(context);
+        (self.layers - layers) * entries + layers * window
+    }
+
+    /// Of the pages that hold them.
+    fn pool_bytes(&self, entries: u64, context: u64, page: Page) -> u64 {
+        let (layers, window) = self.windowed(context);
+        let bytes = |layers: u64, entries: u64| layers * self.kv_heads * page.bytes_of_head(entries, self.kv_bytes);
+        bytes(self.layers - layers, entries) + bytes(layers, window)
+    }
+
+    /// Entries of a KV head that fit, in the layers without a window; `None` if there are none.
+    fn longest(&self, room: u64) -> Option<u64> {
+        let windows = self.pool_bytes(0, u64::MAX, Page::GPU);
+        let page = self.pool_bytes(Page::GPU.entries, u64::MAX, Page::GPU) - windows;
+        (page > 0).then(|| room.saturating_sub(windows) / page * Page::GPU.entries)
+    }
+
+    /// Operations of a token that looks at so many entries, of all layers.
     fn operations(&self, entries: u64) -> f64 {
-        (2 * self.multiplied + 4 * self.layers * self.q_heads * self.head_dim * entries) as f64
+        (2 * self.multiplied + 4 * self.q_heads * self.head_dim * entries) as f64
     }
 }
 
@@ -132,7 +159,7 @@ struct Fit {
     entries: u64,            // of one KV head, at the end of a sequence
     sequence_bytes: u64,     // of its pages then
     sequences: u64,          // that fit beside the weights
-    longest: u64,            // tokens of a single sequence
+    longest: Option<u64>,    // tokens of a single sequence; any number where all layers have a window
     steps: Vec<(u64, Step)>, // by batch: one sequence, and all that fit
 }
 
@@ -149,13 +176,13 @@ impl Fit {
         let held = |context: u64| (context as f64 / compression).ceil() as u64;
         let room = ((gpu.memory - model.weights) as f64 * (1.0 - SPARE)) as u64;
         let entries = held(context);
-        let sequence_bytes = model.pool_bytes(entries, Page::GPU);
+        let sequence_bytes = model.pool_bytes(entries, context, Page::GPU);
         let sequences = room / sequence_bytes;
-        let most_entries = room / model.pool_bytes(Page::GPU.entries, Page::GPU) * Page::GPU.entries;
+        let of_all_layers = model.entries(entries, context);
         let step = |batch: u64| {
-            let kv = (batch * entries * model.token_bytes()) as f64;
+            let kv = (batch * of_all_layers * model.kv_heads * model.kv_bytes) as f64;
             let read = model.read as f64 + kv;
-            let (memory, compute) = (read / gpu.bandwidth, batch as f64 * model.operations(entries) / gpu.flops);
+            let (memory, compute) = (read / gpu.bandwidth, batch as f64 * model.operations(of_all_layers) / gpu.flops);
             Step {
                 kv_share: kv / read,
                 memory_bound: memory >= compute,
@@ -164,7 +191,13 @@ impl Fit {
         };
         let batches = if sequences > 1 { vec![1, sequences] } else { vec![1] };
         let steps = batches.into_iter().filter(|batch| *batch <= sequences).map(|batch| (batch, step(batch))).collect();
-        Self { entries, sequence_bytes, sequences, longest: (most_entries as f64 * compression) as u64, steps }
+        Self {
+            entries,
+            sequence_bytes,
+            sequences,
+            longest: model.longest(room).map(|most| (most as f64 * compression) as u64),
+            steps,
+        }
     }
 }
 
@@ -177,7 +210,7 @@ fn page(args: &Args, model: &Model, fits: &[Fit; 2]) -> String {
     line("entries a KV head, at the end of the context", &|fit| fit.entries.to_string());
     line("KV of a sequence", &|fit| table::bytes(fit.sequence_bytes as f64));
     line("sequences that fit", &|fit| fit.sequences.to_string());
-    line("longest single sequence, tokens", &|fit| fit.longest.to_string());
+    line("longest single sequence, tokens", &|fit| fit.longest.map_or("any".into(), |longest| longest.to_string()));
     for (which, name) in [(0, "one sequence"), (1, "all that fit")] {
         let step = |fit: &Fit, figure: &dyn Fn(&Step) -> String| {
             let step = if which == 0 { fit.steps.first() } else { fit.steps.last() };
@@ -198,8 +231,11 @@ fn page(args: &Args, model: &Model, fits: &[Fit; 2]) -> String {
     table.column_iter_mut().skip(1).for_each(|column| {
         column.set_cell_alignment(CellAlignment::Right);
     });
+    let windows = model.windows.map_or(String::new(), |(layers, size)| {
+        format!("; {layers} of {} layers hold no more than their window of {size} tokens", model.layers)
+    });
     format!(
-        "{}: {} of weights, {} of keys and values a token; {} of memory, a tenth of what weights leave kept free\n\n{table}\n\n\
+        "{}: {} of weights, {} of keys and values a token{windows}; {} of memory, a tenth of what weights leave kept free\n\n{table}\n\n\
          Bounds of a decode step at the end of the context, from bandwidth and operations alone: real steps take longer. A policy \
          that trims at the end of a prompt holds all of the prompt until then.",
         args.model,
@@ -232,7 +268,7 @@ mod tests {
             let mut session = lm.session(policy, &SessionOptions::default()).unwrap();
             session.prefill(&vec![97; tokens], true).unwrap();
             let usage = session.cache().usage();
-            assert_eq!(usage.bytes_in_use, model.pool_bytes(held, Page::CPU), "{tokens} tokens");
+            assert_eq!(usage.bytes_in_use, model.pool_bytes(held, tokens as u64, Page::CPU), "{tokens} tokens");
             assert_eq!(usage.dense_bytes_per_token, model.token_bytes());
         }
     }
@@ -247,13 +283,29 @@ mod tests {
         let (dense, compressed) = (Fit::new(&model, &gpu, 32_768, 1.0), Fit::new(&model, &gpu, 32_768, 8.0));
         // 57.5 GB in pieces of 4.44 GB: keys and values with 8 bytes beside every 512.
         assert_eq!((dense.sequences, compressed.sequences, compressed.entries), (13, 105, 4096));
-        assert!((7.9..8.1).contains(&(compressed.longest as f64 / dense.longest as f64)));
+        assert!((7.9..8.1).contains(&(compressed.longest.unwrap() as f64 / dense.longest.unwrap() as f64)));
         let step = |fit: &Fit| fit.steps[0].1.clone();
         // One sequence: the weights, and 4.3 GB or an eighth of that, at 3.35 TB/s.
         assert!((172.0..175.0).contains(&step(&dense).tokens_per_s), "{:?}", step(&dense));
         assert!((213.0..217.0).contains(&step(&compressed).tokens_per_s), "{:?}", step(&compressed));
         assert!(step(&dense).memory_bound && (0.2..0.25).contains(&step(&dense).kv_share));
         assert!(compressed.steps[1].1.tokens_per_s > 7.0 * dense.steps[1].1.tokens_per_s);
+    }
+
+    #[test]
+    fn layers_with_a_window_hold_no_more_than_it() {
+        let model = preset("gemma-3-1b");
+        assert_eq!((model.windows, model.token_bytes()), (Some((22, 512)), 26_624));
+        let gpu = Gpu { memory: 80_000_000_000, bandwidth: 3.35e12, flops: 989e12 };
+        let of = |context| Fit::new(&model, &gpu, context, 4.0);
+        let head = |entries| Page::GPU.bytes_of_head(entries, model.kv_bytes);
+        assert_eq!(of(256).sequence_bytes, 4 * head(64) + 22 * head(256));
+        assert_eq!(of(32_768).sequence_bytes, 4 * head(8192) + 22 * head(512));
+        assert!(of(32_768).longest.is_some());
+        let all = Model { windows: Some((26, 512)), ..model.clone() };
+        let of = |context| Fit::new(&all, &gpu, context, 4.0);
+        assert_eq!((of(512).sequence_bytes, of(513).sequence_bytes), (26 * head(128), 26 * head(512)));
+        assert_eq!(of(513).longest, None);
     }
 
     #[test]

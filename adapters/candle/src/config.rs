@@ -31,6 +31,9 @@ pub enum Arch {
     Qwen3,
     /// SmolLM3: some layers without RoPE.
     SmolLm3,
+    /// Gemma 3, text alone: norms on both sides of attention and of the feed-forward layer, a sliding window and a RoPE of
+    /// their own in most layers.
+    Gemma3,
 }
 
 /// What a family is called.
@@ -44,7 +47,8 @@ struct Names {
 }
 
 impl Arch {
-    const ALL: [Self; 6] = [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2, Self::Qwen3, Self::SmolLm3];
+    const ALL: [Self; 7] =
+        [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2, Self::Qwen3, Self::SmolLm3, Self::Gemma3];
 
     fn names(self) -> Names {
         match self {
@@ -54,6 +58,7 @@ impl Arch {
             Self::Qwen2 => Names { hf: "qwen2", class: "Qwen2ForCausalLM", gguf: Some("qwen2") },
             Self::Qwen3 => Names { hf: "qwen3", class: "Qwen3ForCausalLM", gguf: Some("qwen3") },
             Self::SmolLm3 => Names { hf: "smollm3", class: "SmolLM3ForCausalLM", gguf: Some("smollm3") },
+            Self::Gemma3 => Names { hf: "gemma3_text", class: "Gemma3ForCausalLM", gguf: Some("gemma3") },
         }
     }
 
@@ -73,9 +78,26 @@ impl Arch {
     }
 }
 
+/// Families that are near to known ones, and why they are none of them.
+const REFUSED: [(&str, &str); 3] = [
+    ("gemma2", " (its attention scores are capped before the softmax, which no backend does)"),
+    ("gemma3", " (a configuration with images: take one of text alone)"),
+    ("mistral3", " (a configuration with images)"),
+];
+
 fn unknown(name: &str, known: impl Iterator<Item = &'static str>) -> Error {
+    let why = REFUSED.iter().find(|(refused, _)| *refused == name).map_or("", |(_, why)| why);
     let known: Vec<&str> = known.collect();
-    Error::Model(format!("architecture `{name}` is not supported: {}", known.join(", ")))
+    Error::Model(format!("architecture `{name}` is not supported{why}: {}", known.join(", ")))
+}
+
+/// What the gate of a feed-forward layer goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU by its approximation with a tanh.
+    GeluTanh,
 }
 
 /// Shape and constants of a model.
@@ -103,6 +125,12 @@ pub struct Config {
     pub rope: Rope,
     /// Layers that attend in another way than the rest.
     pub others: Option<OtherLayers>,
+    /// What the gate of a feed-forward layer goes through.
+    pub activation: Activation,
+    /// What a token's embedding is multiplied with.
+    pub embedding_scale: f64,
+    /// What queries are multiplied with beside `head_dim^-0.5`. It is part of their norm's weight, once that is loaded.
+    pub query_scale: f64,
     /// The longest context the model was made for, in tokens.
     pub max_context: usize,
     /// The output layer is the embedding.
@@ -129,6 +157,12 @@ pub struct OtherLayers {
 }
 
 impl OtherLayers {
+    /// Gemma's: `which` have a RoPE of their own, and a window if it ends before the context does.
+    fn local(which: Vec<bool>, window: usize, max_context: usize, inv_freq: Vec<f32>) -> Result<Option<Self>> {
+        let window = checked_window(window, max_context)?;
+        Ok(which.contains(&true).then_some(Self { which, inv_freq, window }))
+    }
+
     /// Those that have no RoPE, if there are any: nothing turns.
     fn without_rope(which: Vec<bool>, inv_freq: &[f32]) -> Option<Self> {
         let any = which.contains(&true);
@@ -137,13 +171,32 @@ impl OtherLayers {
 
     /// All layers, if the window ends before the context does.
     fn with_window(window: Option<usize>, max_context: usize, layers: usize, inv_freq: &[f32]) -> Result<Option<Self>> {
-        let Some(window) = window.filter(|&window| window < max_context) else { return Ok(None) };
-        if !WINDOWS.contains(&window) {
-            let (least, most) = (WINDOWS.start(), WINDOWS.end());
-            return Err(Error::Model(format!("sliding_window={window} is not accepted: {least}..={most}")));
-        }
-        Ok(Some(Self { which: vec![true; layers], inv_freq: inv_freq.to_vec(), window: Some(window as u32) }))
+        let Some(window) = window else { return Ok(None) };
+        let window = checked_window(window, max_context)?;
+        Ok(window.map(|_| Self { which: vec![true; layers], inv_freq: inv_freq.to_vec(), window }))
     }
+}
+
+/// A window, unless the context ends before it does.
+fn checked_window(window: usize, max_context: usize) -> Result<Option<u32>> {
+    if window >= max_context {
+        return Ok(None);
+    }
+    if !WINDOWS.contains(&window) {
+        let (least, most) = (WINDOWS.start(), WINDOWS.end());
+        return Err(Error::Model(format!("sliding_window={window} is not accepted: {least}..={most}")));
+    }
+    Ok(Some(window as u32))
+}
+
+/// The norms of a block, by Hugging Face's names.
+pub(crate) struct Norms {
+    pub(crate) attention: &'static str,
+    /// Of what attention adds to the residual stream.
+    pub(crate) after_attention: Option<&'static str>,
+    pub(crate) mlp: &'static str,
+    /// Of what the feed-forward layer adds to it.
+    pub(crate) after_mlp: Option<&'static str>,
 }
 
 /// A projection of a block as it is computed here.
@@ -170,6 +223,29 @@ impl Config {
             Projection { name: "gate_up", parts: gate_up },
             Projection { name: "down", parts: vec![("mlp.down_proj", self.hidden)] },
         ]
+    }
+
+    pub(crate) fn norms(&self) -> Norms {
+        let attention = "input_layernorm";
+        match self.arch {
+            Arch::Gemma3 => Norms {
+                attention,
+                after_attention: Some("post_attention_layernorm"),
+                mlp: "pre_feedforward_layernorm",
+                after_mlp: Some("post_feedforward_layernorm"),
+            },
+            _ => Norms { attention, after_attention: None, mlp: "post_attention_layernorm", after_mlp: None },
+        }
+    }
+
+    /// Whether each head of q and k is normed.
+    pub(crate) fn norms_heads(&self) -> bool {
+        matches!(self.arch, Arch::Qwen3 | Arch::Gemma3)
+    }
+
+    /// Whether weights of norms are what they are more than 1, in safetensors.
+    pub(crate) fn norms_from_one(&self) -> bool {
+        self.arch == Arch::Gemma3
     }
 
     /// What a cache must know. Its `rope` is `None` where layers differ in theirs.
@@ -199,6 +275,11 @@ impl Config {
                 faults.push(format!("{name}={n} is not accepted: 1 or more, below 2^32"));
             }
         }
+        for (name, scale) in [("embedding", self.embedding_scale), ("query", self.query_scale)] {
+            if !(scale.is_finite() && scale > 0.0) {
+                faults.push(format!("the {name} scale is {scale}: above 0"));
+            }
+        }
         let others = self.others.iter().flat_map(|others| &others.inv_freq);
         if self.rope.inv_freq.iter().chain(others).any(|freq| !freq.is_finite()) {
             faults.push("the RoPE frequencies are no finite numbers".into());
@@ -222,13 +303,17 @@ fn checked_layers(layers: usize) -> Result<usize> {
     }
 }
 
-/// SmolLM3's layers without RoPE, where no list names them.
+/// Each n-th layer.
 fn every_nth(layers: usize, n: usize) -> Vec<bool> {
     (1..=layers).map(|layer| n > 0 && layer.is_multiple_of(n)).collect()
 }
 
-/// SmolLM3: which layer of how many has no RoPE.
+/// SmolLM3: one layer of how many has no RoPE.
 const WITHOUT_ROPE: usize = 4;
+/// Gemma 3: one layer of how many sees the whole context.
+const GLOBAL: usize = 6;
+/// Gemma 3: the base of the other layers' RoPE.
+const LOCAL_THETA: f64 = 1e4;
 
 fn inverse_frequencies(theta: f64, head_dim: usize) -> Result<Vec<f32>> {
     if !(1..=MOST_COMPONENTS).contains(&head_dim) {
@@ -271,6 +356,31 @@ mod tests {
         ] {
             let scaled = Config::from_json(&QWEN3.replace("\"rope_theta\"", scaling)).unwrap().rope.inv_freq;
             assert!(plain.iter().zip(&scaled).all(|(a, b)| (a / b - 4.0).abs() < 1e-5), "{scaling}");
+        }
+    }
+
+    #[test]
+    fn gemma_reads_two_kinds_of_layers_in_each_of_its_spellings() {
+        let gemma = |extra: &str| {
+            let json = QWEN3.replace("qwen3\"", &format!("gemma3_text\",{extra}\"sliding_window\":64"));
+            Config::from_json(&json.replace("\"rope_theta\":1000000.0,", "")).unwrap()
+        };
+        let plain = gemma("\"rope_theta\":1000000.0,");
+        let others = plain.others.clone().unwrap();
+        assert_eq!((others.which, others.window, plain.tied), (vec![true, true], Some(64), true), "pattern 6");
+        assert_eq!((plain.embedding_scale, plain.query_scale, plain.activation), (8.0, 0.25, Activation::GeluTanh));
+        assert_eq!((others.inv_freq[1], plain.rope.inv_freq[1]), (1e4f32.powf(-0.125), 1e6f32.powf(-0.125)));
+        for old in [false, true] {
+            let scaled = gemma(if old {
+                r#""layer_types":["full_attention","sliding_attention"],"rope_theta":1e6,"rope_local_base_freq":100.0,
+                "rope_scaling":{"rope_type":"linear","factor":8.0},"#
+            } else {
+                r#""layer_types":["full_attention","sliding_attention"],"rope_parameters":{"full_attention":
+                {"rope_type":"linear","factor":8.0,"rope_theta":1e6},"sliding_attention":{"rope_theta":100.0}},"#
+            });
+            let others = scaled.others.unwrap();
+            assert_eq!(others.which, [false, true]);
+            assert_eq!((others.inv_freq[0], others.inv_freq[4], scaled.rope.inv_freq[0]), (1.0, 0.1, 0.125), "{old}");
         }
     }
 
@@ -326,6 +436,14 @@ mod tests {
             ("\"vocab_size\":128", "\"vocab_size\":0", "vocab_size=0"),
             ("1000000.0", "0.0", "rope_theta=0"),
             ("\"qwen3\"", "\"smollm3\",\"no_rope_layers\":[1]", "no_rope_layers names 1 layers of 2"),
+            ("qwen3", "gemma2", "`gemma2` is not supported (its attention scores are capped"),
+            ("qwen3", "gemma3", "`gemma3` is not supported (a configuration with images: take one of text"),
+            ("\"qwen3\"", "\"gemma3_text\",\"attn_logit_softcapping\":50.0", "attn_logit_softcapping=50"),
+            ("\"qwen3\"", "\"gemma3_text\",\"final_logit_softcapping\":30.0", "final_logit_softcapping=30"),
+            ("\"qwen3\"", "\"gemma3_text\",\"use_bidirectional_attention\":true", "use_bidirectional_attention"),
+            ("\"qwen3\"", "\"gemma3_text\",\"hidden_activation\":\"gelu\"", "hidden_act=gelu"),
+            ("\"qwen3\"", "\"gemma3_text\",\"layer_types\":[]", "layer_types names 0 layers of 2"),
+            ("\"qwen3\"", "\"gemma3_text\",\"query_pre_attn_scalar\":0", "query scale is inf"),
             ("{", "", "config.json"),
         ] {
             let error = Config::from_json(&QWEN3.replacen(from, to, 1)).unwrap_err().to_string();

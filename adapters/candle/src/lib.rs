@@ -1,4 +1,4 @@
-//! Llama, Mistral, Phi-3, Qwen2, Qwen3 and SmolLM3 on candle, their keys and values in a [`kvpolicy::KvCache`].
+//! Llama, Mistral, Phi-3, Qwen2, Qwen3, SmolLM3 and Gemma 3 on candle, their keys and values in a [`kvpolicy::KvCache`].
 //!
 //! # A first model
 //!
@@ -101,7 +101,7 @@ mod tokenizer;
 mod weights;
 
 pub use chat::{ChatTemplate, Message};
-pub use config::{Arch, Config, OtherLayers};
+pub use config::{Activation, Arch, Config, OtherLayers};
 pub use error::{Error, Result};
 pub use export::{Export, Exported, GateLayout, Merged, extract_gates};
 pub use gates::Gates;

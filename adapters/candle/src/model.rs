@@ -1,7 +1,7 @@
 //! The decoder block that all families share.
 
 use crate::{
-    config::{Arch, Config, Projection},
+    config::{Config, Projection},
     error::{Error, Result},
     gates::Gates,
     key_range::key_range,
@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use kvpolicy::{KeyRange, KvCache, ModelSpec, Step};
 use std::sync::OnceLock;
 
-/// A decoder of one of the families of [`Arch`], without any state: keys and values live in a [`KvCache`]. Clones share
+/// A decoder of one of the families of [`crate::Arch`], without any state: keys and values live in a [`KvCache`]. Clones share
 /// their weights.
 ///
 /// On a GPU with dense weights a decode step ([`Model::forward_on`], [`Model::greedy`] with one token a sequence) copies
@@ -32,10 +32,14 @@ pub struct Model {
 #[derive(Debug, Clone)]
 pub(crate) struct Block {
     pub(crate) attention_norm: Tensor, // [hidden]
+    /// Of what attention adds to the residual stream.
+    pub(crate) after_attention: Option<Tensor>, // [hidden]
     pub(crate) qkv: Matrix,            // hidden -> (q_heads + 2 kv_heads) * head_dim
     pub(crate) heads: Heads,
     pub(crate) o: Linear,
     pub(crate) mlp_norm: Tensor, // [hidden]
+    /// Of what the feed-forward layer adds to it.
+    pub(crate) after_mlp: Option<Tensor>, // [hidden]
     pub(crate) gate_up: Linear,  // hidden -> 2 ffn
     pub(crate) down: Linear,
 }
@@ -73,7 +77,7 @@ impl Model {
 
     pub(crate) fn load(config: Config, weights: &mut Weights, device: &Device) -> Result<Self> {
         let embedding = weights.tensor("model.embed_tokens.weight", &[config.vocab, config.hidden])?;
-        let norm = weights.tensor("model.norm.weight", &[config.hidden])?;
+        let norm = weights.norm("model.norm.weight", config.hidden, config.norms_from_one())?;
         let output = if !config.tied {
             weights.linear("lm_head", config.hidden, config.vocab, false)?
         } else if weights.quantized() {
@@ -144,14 +148,26 @@ impl Model {
         config.check_windows(step, cache)?;
         let rotations = self.rotations(&step.positions().to_device(self.device())?);
         let mut pass = Pass { config, rotations, step, cache, gates };
-        let (mut x, mut normed) = ops::embed_rms_norm(&self.embedding, tokens, self.norm_before(0), config.rms_eps)?;
+        let (mut x, mut normed) = self.embed(tokens)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let y = block.attend(layer, &x, &normed, &mut pass)?;
             (x, normed) = ops::add_rms_norm(&x, &y, &block.mlp_norm, config.rms_eps)?;
-            let y = block.feed_forward(&normed)?;
+            let y = block.feed_forward(&normed, config)?;
             (x, normed) = ops::add_rms_norm(&x, &y, self.norm_before(layer + 1), config.rms_eps)?;
         }
         Ok(normed)
+    }
+
+    /// What enters the first layer, and its norm: `[tokens, hidden]` both.
+    fn embed(&self, tokens: &Tensor) -> Result<(Tensor, Tensor)> {
+        let Config { rms_eps, embedding_scale, .. } = self.config;
+        let (x, normed) = ops::embed_rms_norm(&self.embedding, tokens, self.norm_before(0), rms_eps)?;
+        if embedding_scale == 1.0 {
+            return Ok((x, normed));
+        }
+        let x = (x * embedding_scale)?;
+        let normed = ops::rms_norm(&x, self.norm_before(0), rms_eps)?;
+        Ok((x, normed))
     }
 
     /// RoPE of the layers at these positions, u32 `[tokens]`.
@@ -229,23 +245,30 @@ impl Block {
     fn load(layer: usize, config: &Config, weights: &mut Weights) -> Result<Self> {
         let Config { hidden, ffn, q_heads, kv_heads, head_dim, qkv_bias, o_bias, mlp_bias, .. } = *config;
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let head_norm = |part: &str, weights: &mut Weights| match config.arch {
-            Arch::Qwen3 => weights.tensor(&name(&format!("self_attn.{part}.weight")), &[head_dim]).map(Some),
-            _ => Ok(None),
+        let norm = |part: &str, size: usize, weights: &mut Weights| {
+            weights.norm(&name(&format!("{part}.weight")), size, config.norms_from_one())
         };
+        let norm_if =
+            |part: Option<&str>, weights: &mut Weights| part.map(|part| norm(part, hidden, weights)).transpose();
+        let head_norm =
+            |part: &str, weights: &mut Weights| config.norms_heads().then(|| norm(part, head_dim, weights)).transpose();
         let [qkv, o, gate_up, down] = config.projections();
         let project = |projection: Projection, input: usize, bias: bool, weights: &mut Weights| {
             let parts: Vec<_> = projection.parts.into_iter().map(|(part, rows)| (name(part), rows)).collect();
             weights.joined(&parts, input, bias)
         };
         let qkv = project(qkv, hidden, qkv_bias, weights)?;
-        let (q_norm, k_norm) = (head_norm("q_norm", weights)?, head_norm("k_norm", weights)?);
+        let q_norm = head_norm("self_attn.q_norm", weights)?.map(|weight| weight * config.query_scale).transpose()?;
+        let k_norm = head_norm("self_attn.k_norm", weights)?;
+        let norms = config.norms();
         Ok(Self {
-            attention_norm: weights.tensor(&name("input_layernorm.weight"), &[hidden])?,
+            attention_norm: norm(norms.attention, hidden, weights)?,
+            after_attention: norm_if(norms.after_attention, weights)?,
             qkv: qkv.matrix,
             heads: Heads { q_heads, kv_heads, head_dim, bias: qkv.bias, q_norm, k_norm, eps: config.rms_eps },
             o: project(o, q_heads * head_dim, o_bias, weights)?,
-            mlp_norm: weights.tensor(&name("post_attention_layernorm.weight"), &[hidden])?,
+            mlp_norm: norm(norms.mlp, hidden, weights)?,
+            after_mlp: norm_if(norms.after_mlp, weights)?,
             gate_up: project(gate_up, hidden, mlp_bias, weights)?,
             down: project(down, ffn, mlp_bias, weights)?,
         })
@@ -262,7 +285,8 @@ impl Block {
             }
         };
         let y = pass.cache.attend(layer, pass.step, &pass.step.tokens(q, k, v, logits))?;
-        self.o.forward(&y.to_device(x.device())?.flatten_from(1)?)
+        let y = self.o.forward(&y.to_device(x.device())?.flatten_from(1)?)?;
+        normed_if(y, &self.after_attention, pass.config.rms_eps)
     }
 
     /// Heads of a model whose gate is a neuron of its queries.
@@ -274,7 +298,15 @@ impl Block {
         Ok(([q, rotation.apply(&k)?, v], Some(logits)))
     }
 
-    fn feed_forward(&self, normed: &Tensor) -> Result<Tensor> {
-        self.down.forward(&self.gate_up.gated(normed)?)
+    fn feed_forward(&self, normed: &Tensor, config: &Config) -> Result<Tensor> {
+        let y = self.down.forward(&self.gate_up.gated(normed, config.activation)?)?;
+        normed_if(y, &self.after_mlp, config.rms_eps)
+    }
+}
+
+fn normed_if(x: Tensor, norm: &Option<Tensor>, eps: f64) -> Result<Tensor> {
+    match norm {
+        Some(weight) => ops::rms_norm(&x, weight, eps),
+        None => Ok(x),
     }
 }

@@ -83,6 +83,30 @@ pub fn linear_silu_mul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     silu_mul(&linear(x, weight)?)
 }
 
+/// [`linear`], then [`gelu_mul`]: `weight` `[2 out, in]`, the gate's rows first. A product for each half: its result lies in
+/// one piece, as candle's operations on a GPU need it to copy nothing from the host.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn linear_gelu_mul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let [gate, up] = halves(weight, 0)?;
+    gelu_mul(&linear(x, &gate)?, &linear(x, &up)?)
+}
+
+/// `gelu(gate) * up`, the approximation with a tanh: `[tokens, ffn]` all.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn gelu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    Ok((gate.gelu()? * up)?)
+}
+
+/// The first and the second half along a dimension.
+pub(crate) fn halves(x: &Tensor, dim: usize) -> Result<[Tensor; 2]> {
+    let half = x.dim(dim)? / 2;
+    Ok([x.narrow(dim, 0, half)?, x.narrow(dim, half, half)?])
+}
+
 /// `y + bias`: `[tokens, out]` and `[out]`. A GPU overwrites `y`.
 ///
 /// # Errors

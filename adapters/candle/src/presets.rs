@@ -6,7 +6,14 @@ use crate::{
 };
 
 /// Names and the fields of `config.json` that matter here.
-const PRESETS: [(&str, &str); 10] = [
+const PRESETS: [(&str, &str); 11] = [
+    (
+        "gemma-3-1b",
+        r#"{"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "query_pre_attn_scalar": 256, "sliding_window": 512,
+        "sliding_window_pattern": 6, "max_position_embeddings": 32768, "eos_token_id": [1, 106]}"#,
+    ),
     (
         "llama-3.2-1b",
         r#"{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -80,7 +87,7 @@ const PRESETS: [(&str, &str); 10] = [
 ];
 
 impl Config {
-    /// The published shape of a model: `llama-3.2-1b`, `llama-3.2-3b`, `llama-3.1-8b`, `mistral-7b`,
+    /// The published shape of a model: `gemma-3-1b`, `llama-3.2-1b`, `llama-3.2-3b`, `llama-3.1-8b`, `mistral-7b`,
     /// `phi-4`, `qwen-r1-1.5b` (DeepSeek-R1-Distill-Qwen-1.5B), `qwen3-0.6b`, `qwen3-8b`, `smollm2-135m`, `smollm3-3b`.
     ///
     /// # Errors
@@ -104,6 +111,7 @@ mod tests {
     #[test]
     fn shapes_have_the_published_number_of_parameters() {
         for (name, millions) in [
+            ("gemma-3-1b", 999),
             ("llama-3.2-1b", 1235),
             ("llama-3.2-3b", 3212),
             ("llama-3.1-8b", 8029),

@@ -29,7 +29,7 @@ pub use text::{Corpus, Mixture, Sequence, Source};
 pub use trainee::{Batch, Divergence, Losses, Objective, Trainee};
 
 use crate::{
-    config::Config,
+    config::{Arch, Config},
     error::{Error, Result},
     weights::Matrix,
 };
@@ -41,6 +41,13 @@ impl Config {
     /// # Errors
     /// [`Error::Model`] naming the family and what of it the training does not have.
     fn check_trainable(&self, length: usize) -> Result<()> {
+        if self.arch == Arch::Gemma3 {
+            return Err(Error::Model(
+                "Gemma3 cannot be trained yet: the training has neither its norms after attention and feed-forward layer \
+                 nor its GELU"
+                    .into(),
+            ));
+        }
         let window = (0..self.layers).filter_map(|layer| self.window(layer)).find(|window| (*window as usize) < length);
         match window {
             None => Ok(()),

@@ -1,6 +1,7 @@
 //! Weights by their Hugging Face name, from safetensors or from GGUF.
 
 use crate::{
+    config::Activation,
     error::{Error, Result},
     folder::Blob,
     gguf_header, ops,
@@ -40,11 +41,18 @@ impl Linear {
         }
     }
 
-    /// [`Linear::forward`] of a gate and the values it lets through, then `silu(gate) * up`: `[tokens, out / 2]`.
-    pub(crate) fn gated(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self { matrix: Matrix::Dense(weight), bias: None } => ops::linear_silu_mul(x, weight),
-            _ => ops::silu_mul(&self.forward(x)?),
+    /// [`Linear::forward`] of a gate and the values it lets through, then `activation(gate) * up`: `[tokens, out / 2]`.
+    pub(crate) fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        match (self, activation) {
+            (Self { matrix: Matrix::Dense(weight), bias: None }, Activation::Silu) => ops::linear_silu_mul(x, weight),
+            (Self { matrix: Matrix::Dense(weight), bias: None }, Activation::GeluTanh) => {
+                ops::linear_gelu_mul(x, weight)
+            }
+            (_, Activation::Silu) => ops::silu_mul(&self.forward(x)?),
+            (_, Activation::GeluTanh) => {
+                let [gate, up] = ops::halves(&self.forward(x)?, 1)?;
+                ops::gelu_mul(&gate, &up)
+            }
         }
     }
 }
@@ -117,7 +125,7 @@ impl Weights {
     pub(crate) fn has(&self, name: &str) -> bool {
         match self {
             Self::SafeTensors(source) => source.tensors.contains_key(name),
-            Self::Gguf(source) => source.has(&gguf_name(name)),
+            Self::Gguf(source) => source.has(&source.name(name)),
             Self::Random(_) => true,
         }
     }
@@ -147,11 +155,17 @@ impl Weights {
                 Some(tensor) => tensor.to_dtype(source.dtype)?,
                 None => return Err(Error::Model(format!("the safetensors files have no tensor `{name}`"))),
             },
-            Self::Gguf(source) => source.tensor(&gguf_name(name))?.to_dtype(source.dense.unwrap_or(DType::F32))?,
+            Self::Gguf(source) => source.tensor(&source.name(name))?.to_dtype(source.dense.unwrap_or(DType::F32))?,
             Self::Random(source) => source.next(name, shape)?,
         };
         check_shape(name, tensor.dims(), shape)?;
         Ok(tensor)
+    }
+
+    /// The weight of a norm, `[size]`. `from_one`: safetensors have what it is more than 1, GGUF all of it.
+    pub(crate) fn norm(&mut self, name: &str, size: usize, from_one: bool) -> Result<Tensor> {
+        let weight = self.tensor(name, &[size])?;
+        if from_one && matches!(self, Self::SafeTensors(_)) { Ok((weight + 1.0)?) } else { Ok(weight) }
     }
 
     /// `[out, in]` and, if `bias`, `[out]`.
@@ -221,6 +235,12 @@ impl GgufFile {
         self.content.tensor_infos.contains_key(name)
     }
 
+    /// The file's name of what Hugging Face calls `name`.
+    fn name(&self, name: &str) -> String {
+        let architecture = self.content.metadata.get("general.architecture").and_then(|name| name.to_string().ok());
+        gguf_name(name, architecture.is_some_and(|name| name == "gemma3"))
+    }
+
     /// Dequantized, f32.
     pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor> {
         let device = self.device.clone();
@@ -229,7 +249,7 @@ impl GgufFile {
 
     /// By the name Hugging Face gives it.
     fn matrix(&mut self, name: &str, shape: &[usize]) -> Result<QMatMul> {
-        let tensor = self.quantized(&gguf_name(name))?;
+        let tensor = self.quantized(&self.name(name))?;
         check_shape(name, tensor.shape().dims(), shape)?;
         Ok(QMatMul::from_qtensor(tensor)?)
     }
@@ -255,8 +275,21 @@ fn without_backtrace(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_string()
 }
 
-/// The name GGUF gives a tensor.
-fn gguf_name(name: &str) -> String {
+/// Norms before the feed-forward layer and, where `sandwiched`, around it and after attention.
+fn norm_names(sandwiched: bool) -> &'static [(&'static str, &'static str)] {
+    if sandwiched {
+        &[
+            ("post_attention_layernorm", "post_attention_norm"),
+            ("pre_feedforward_layernorm", "ffn_norm"),
+            ("post_feedforward_layernorm", "post_ffw_norm"),
+        ]
+    } else {
+        &[("post_attention_layernorm", "ffn_norm")]
+    }
+}
+
+/// The name GGUF gives a tensor. `sandwiched`: of a model with norms on both sides of attention and feed-forward layer.
+fn gguf_name(name: &str, sandwiched: bool) -> String {
     let name = name.strip_prefix("model.").unwrap_or(name);
     let Some((layer, rest)) = name.strip_prefix("layers.").and_then(|n| n.split_once('.')) else {
         return name.replace("embed_tokens", "token_embd").replace("lm_head", "output").replacen(
@@ -278,9 +311,9 @@ fn gguf_name(name: &str) -> String {
         ("mlp.gate_up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
         ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
     ]
-    .into_iter()
+    .iter()
+    .chain(norm_names(sandwiched))
     .fold(rest.to_string(), |rest, (ours, theirs)| rest.replace(ours, theirs));
     format!("blk.{layer}.{rest}")
 }
@@ -303,7 +336,15 @@ mod tests {
             ("model.layers.1.self_attn.qkv_proj.weight", "blk.1.attn_qkv.weight"),
             ("model.layers.1.mlp.gate_up_proj.weight", "blk.1.ffn_up.weight"),
         ] {
-            assert_eq!(gguf_name(ours), theirs);
+            assert_eq!(gguf_name(ours, false), theirs);
+        }
+        for (ours, theirs) in [
+            ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+            ("model.layers.0.post_attention_layernorm.weight", "blk.0.post_attention_norm.weight"),
+            ("model.layers.0.pre_feedforward_layernorm.weight", "blk.0.ffn_norm.weight"),
+            ("model.layers.0.post_feedforward_layernorm.weight", "blk.0.post_ffw_norm.weight"),
+        ] {
+            assert_eq!(gguf_name(ours, true), theirs);
         }
     }
 }

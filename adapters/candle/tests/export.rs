@@ -21,8 +21,14 @@ const HEAD_DIM: usize = HIDDEN / HEADS;
 const TEMPLATE: &str = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}";
 
 fn tiny(arch: &'static str, tied: bool) -> Tiny {
-    // SmolLM3's fourth layer is the first that differs.
-    let extra = if arch == "smollm3" { json!({"num_hidden_layers": 4}) } else { json!({}) };
+    // SmolLM3's fourth layer is the first that differs, Gemma's sixth.
+    let extra = match arch {
+        "smollm3" => json!({"num_hidden_layers": 4}),
+        "gemma3_text" => {
+            json!({"num_hidden_layers": 6, "sliding_window": 32, "rope_local_base_freq": 10000.0, "rope_theta": 500.0})
+        }
+        _ => json!({}),
+    };
     Tiny::new(arch, 2, HEAD_DIM, tied, extra).in_bf16()
 }
 
@@ -114,6 +120,7 @@ fn a_folder_with_gates_is_the_same_model_again() {
         ("qwen2", false),
         ("qwen3", true),
         ("smollm3", true),
+        ("gemma3_text", true),
     ] {
         let place = Place::new();
         let lm = place.folder(&tiny(arch, tied));
@@ -191,9 +198,9 @@ fn pages_are_shorter_than_the_window() {
 
 #[test]
 fn a_gguf_file_becomes_a_folder() {
-    for arch in ["llama", "phi3", "qwen2", "qwen3", "smollm3"] {
+    for arch in ["llama", "phi3", "qwen2", "qwen3", "smollm3", "gemma3_text"] {
         let place = Place::new();
-        let lm = place.gguf(&tiny(arch, arch == "qwen3"));
+        let lm = place.gguf(&tiny(arch, matches!(arch, "qwen3" | "gemma3_text")));
         place.export(&lm, None).unwrap();
         let again = load(&place.path("out"));
         assert_eq!(again.model().config().rope.layout, RopeLayout::HalfSplit);

@@ -11,7 +11,7 @@ use candle_core::{
 use candle_nn::VarBuilder;
 use candle_transformers::models as theirs;
 use kvpolicy::{CpuConfig, KvCache, Phase, Registry, cpu};
-use kvpolicy_candle::{Lm, LoadOptions, Model, Session, SessionOptions};
+use kvpolicy_candle::{Lm, LoadOptions, Model, Session, SessionOptions, ops};
 use serde_json::json;
 use std::{
     fs::File,
@@ -203,6 +203,101 @@ fn a_gguf_file_of_smollm3_is_the_same_model() {
     let which = folder.config().others.as_ref().map(|others| others.which.clone());
     assert_eq!(which, Some(vec![false, false, false, true, false]));
     assert_equal("smollm3", &gguf, &mut smollm3(&tiny), 1e-4);
+}
+
+/// Token by token: a prompt is more than candle-transformers' cache takes of several KV heads, and shows one token more than
+/// the window.
+fn gemma3(tiny: &Tiny) -> Theirs {
+    let config: theirs::gemma3::Config = serde_json::from_value(tiny.config()).unwrap();
+    let mut model = theirs::gemma3::Model::new(false, &config, variables(tiny)).unwrap();
+    Box::new(move |x, offset| {
+        let logits = (0..x.dim(1).unwrap()).map(|i| model.forward(&x.narrow(1, i, 1).unwrap(), offset + i).unwrap());
+        logits.last().unwrap()
+    })
+}
+
+/// A tiny Gemma 3 whose every second layer sees the whole context.
+fn gemma(kv_heads: usize, window: usize) -> Tiny {
+    let extra = json!({ "sliding_window": window, "sliding_window_pattern": 2 });
+    Tiny::new("gemma3_text", kv_heads, 32, true, extra)
+}
+
+#[test]
+fn gemma3_equals_candle_transformers() {
+    for (kv_heads, window) in [(2, 32), (4, 500), (1, 8)] {
+        let tiny = gemma(kv_heads, window);
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, what) = (safetensors(&tiny, dir.path()), format!("gemma3 kv_heads={kv_heads} window={window}"));
+        assert_eq!((ours.config().window(0), ours.config().window(1)), (Some(window as u32), None));
+        assert_equal(&what, &ours, &mut gemma3(&tiny), 1e-4);
+        assert_same_text(&what, &ours, &mut gemma3(&tiny));
+    }
+}
+
+#[test]
+fn chunks_of_a_prompt_beyond_gemmas_window_are_what_its_tokens_are_one_by_one() {
+    let tiny = gemma(2, 8);
+    let dir = tempfile::tempdir().unwrap();
+    let ours = safetensors(&tiny, dir.path());
+    let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % VOCAB as u32).collect();
+    let mut model = gemma3(&tiny);
+    let want: Vec<Vec<f32>> = (0..40).map(|at| numbers(model(&row(&tokens[at..at + 1]), at))).collect();
+    for lens in [vec![40], vec![3, 21, 1, 1, 5, 1, 8]] {
+        let mut session =
+            Session::new(&ours, None, Registry::standard().parse("full").unwrap(), &SessionOptions::default()).unwrap();
+        let mut at = 0;
+        for len in lens {
+            let got = session.prefill(&tokens[at..at + len], true).unwrap();
+            at += len;
+            assert_close(&format!("after {at} tokens"), &numbers(got), &want[at - 1], 1e-4);
+        }
+        let live = |layer| session.cache().live(layer, session.seq());
+        assert_eq!((live(0), live(1)), (vec![8; 2], vec![40; 2]));
+    }
+}
+
+/// candle-transformers divides by the root of head_dim whatever the file says: its norm of q has the factor.
+#[test]
+fn gemmas_scale_of_queries_is_that_of_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let extra =
+        |scalar: usize| json!({ "query_pre_attn_scalar": scalar, "sliding_window_pattern": 2, "sliding_window": 64 });
+    let ours = safetensors(&Tiny::new("gemma3_text", 2, 32, true, extra(128)), dir.path());
+    let mut other = Tiny::new("gemma3_text", 2, 32, true, extra(32));
+    for (_, weight) in other.tensors.iter_mut().filter(|(name, _)| name.contains("q_norm")) {
+        *weight = weight.affine(0.5, 0.5 - 1.0).unwrap(); // (1 + w) / 2, less 1
+    }
+    assert_equal("scaled", &ours, &mut gemma3(&other), 1e-4);
+}
+
+/// The other GELU differs from it by less than logits tell.
+#[test]
+fn gelu_is_the_approximation_with_a_tanh() {
+    let gates: Vec<f32> = (-40..40).map(|i| i as f32 / 8.0).collect();
+    let gate = Tensor::from_slice(&gates, (1, 80), &Device::Cpu).unwrap();
+    let got = numbers(ops::gelu_mul(&gate, &gate.ones_like().unwrap()).unwrap());
+    for (x, got) in gates.iter().map(|x| *x as f64).zip(got) {
+        let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+        assert!((got as f64 - 0.5 * x * (1.0 + inner.tanh())).abs() < 2e-6, "gelu({x}) is not {got}");
+    }
+}
+
+/// candle-transformers' quantized model has another activation than its own safetensors model, which stands for it.
+#[test]
+fn a_gguf_file_of_gemma3_is_the_same_model() {
+    let extra = json!({
+        "num_hidden_layers": 7, "sliding_window": 32, "sliding_window_pattern": 6, "rope_local_base_freq": 10000.0,
+        "rope_theta": 500.0,
+    });
+    let tiny = Tiny::new("gemma3_text", 2, 32, true, extra);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    tiny.write_gguf(&path, GgmlDType::F32);
+    let gguf = Model::from_gguf(&path, &LoadOptions::default()).unwrap();
+    let windows: Vec<bool> = (0..7).map(|layer| gguf.config().window(layer) == Some(32)).collect();
+    assert_eq!(windows, [true, true, true, true, true, false, true]);
+    assert_equal("gemma3", &gguf, &mut gemma3(&tiny), 1e-4);
+    assert_same_text("gemma3", &gguf, &mut gemma3(&tiny));
 }
 
 /// candle-transformers shows a query one token more than its window, and applies it to prompts only: a model of its own

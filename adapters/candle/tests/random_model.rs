@@ -31,7 +31,7 @@ fn logits(model: &Model, lens: [usize; 2]) -> Tensor {
 
 #[test]
 fn a_seed_is_a_model() {
-    for arch in ["llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"] {
+    for arch in ["llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3", "gemma3_text"] {
         let of = |seed| logits(&model(arch, seed), [5, 2]).to_vec2::<f32>().unwrap();
         assert_eq!(of(1), of(1));
         assert_ne!(of(1), of(2));

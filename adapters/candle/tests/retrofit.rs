@@ -175,6 +175,13 @@ fn a_model_with_windows_is_trained_within_them_or_refused() {
     assert!(error.contains("Mistral") && error.contains("sliding window of 12"), "{error}");
 }
 
+#[test]
+fn a_family_that_the_training_does_not_have_is_named() {
+    let model = Model::random(config("gemma3_text"), DType::F32, &Device::Cpu, 3).unwrap();
+    let error = next_token_gradients(&model, &batch(2, 12)).unwrap_err().to_string();
+    assert!(error.contains("Gemma3 cannot be trained yet"), "{error}");
+}
+
 fn settings(steps: u64) -> RunConfig {
     RunConfig {
         schedule: Schedule { context: 32, window: 3, target: 2.5, anneal: 6 },

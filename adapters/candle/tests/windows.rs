@@ -4,10 +4,11 @@
 #[path = "common/tiny.rs"]
 mod tiny;
 
-use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, quantized::GgmlDType};
 use kvpolicy::{CpuConfig, KvCache, Phase, Registry, cpu};
-use kvpolicy_candle::{Config, LoadOptions, Model, Session, SessionOptions};
+use kvpolicy_candle::{Config, Gates, LoadOptions, Model, Session, SessionOptions};
 use serde_json::json;
+use std::sync::Arc;
 use tiny::Tiny;
 
 const WINDOW: usize = 8;
@@ -38,6 +39,49 @@ fn a_policy_rules_where_no_window_ends() {
         assert!(short.prefill(&[7, 8, 9], true).is_err(), "beyond the window");
     }
     assert!(session(&model, "full", 512).is_ok());
+}
+
+/// The first of two layers has a window.
+fn gemma() -> Tiny {
+    let extra = json!({ "sliding_window": WINDOW, "sliding_window_pattern": 2 });
+    Tiny::new("gemma3_text", 2, 16, true, extra)
+}
+
+#[test]
+fn beside_layers_with_a_window_a_policy_rules_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    gemma().write_dir(dir.path());
+    let model = Model::from_dir(dir.path(), &LoadOptions::default()).unwrap().0;
+    for (policy, held) in
+        [("full", 30), ("h2o:budget=12,recent=2", 12), ("window:size=3,sinks=1", 4), ("tova:budget=50%", 15)]
+    {
+        for max_tokens in [30, 512] {
+            let mut session = session(&model, policy, max_tokens).unwrap();
+            session.prefill(&[5; 20], true).unwrap();
+            (0..10).for_each(|token| _ = session.decode(token).unwrap());
+            let live = |layer| session.cache().live(layer, session.seq());
+            assert_eq!((live(0), live(1)), (vec![WINDOW; 2], vec![held; 2]), "{policy}");
+            let name = session.cache().policy().to_string();
+            assert!(name.starts_with("per-layer(0=window:size=8,sinks=0; rest=") && name.contains(policy), "{name}");
+            assert!(Registry::standard().parse(&name).is_ok());
+        }
+    }
+    assert!(session(&model, "expected-attention:budget=5", 64).unwrap_err().contains("not the same in each layer"));
+}
+
+#[test]
+fn gates_decide_where_the_policy_rules() {
+    let dir = tempfile::tempdir().unwrap();
+    gemma().write_dir(dir.path());
+    gemma().write_gates(&dir.path().join("gates"));
+    let model = Model::from_dir(dir.path(), &LoadOptions::default()).unwrap().0;
+    let gates = Gates::load(&dir.path().join("gates"), model.config(), DType::F32, &Device::Cpu).unwrap();
+    let policy = Registry::standard().parse("dms").unwrap();
+    let mut session = Session::new(&model, Some(Arc::new(gates)), policy, &SessionOptions::default()).unwrap();
+    session.prefill(&(0..60).collect::<Vec<_>>(), true).unwrap();
+    assert_eq!(session.cache().live(0, session.seq()), vec![WINDOW; 2]);
+    let live = session.cache().live(1, session.seq());
+    assert!(live.iter().all(|live| (9..60).contains(live)), "{live:?}");
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! A configuration from the metadata of a GGUF file.
 
-use super::{Arch, Config, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth, inverse_frequencies};
+use super::{
+    Activation, Arch, Config, GLOBAL, LOCAL_THETA, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth,
+    inverse_frequencies,
+};
 use crate::error::{Error, Result};
 use candle_core::quantized::gguf_file::Value;
 use kvpolicy::{Rope, RopeLayout};
@@ -50,10 +53,20 @@ impl Config {
                 "rope_factors_long.weight: RoPE that depends on the context is not supported".into(),
             ));
         }
+        for suffix in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            if real(metadata, &key(suffix)).is_ok_and(|cap| cap != 0.0) {
+                return Err(Error::Model(format!("{} is not supported", key(suffix))));
+            }
+        }
         let (layers, max_context) = (checked_layers(number("block_count")?)?, number("context_length")?);
         let others = match arch {
             Arch::Phi3 => {
                 OtherLayers::with_window(number("attention.sliding_window").ok(), max_context, layers, &inv_freq)?
+            }
+            Arch::Gemma3 => {
+                let which = every_nth(layers, GLOBAL).iter().map(|global| !global).collect();
+                let local = inverse_frequencies(LOCAL_THETA, head_dim)?;
+                OtherLayers::local(which, number("attention.sliding_window")?, max_context, local)?
             }
             Arch::SmolLm3 => OtherLayers::without_rope(every_nth(layers, WITHOUT_ROPE), &inv_freq),
             Arch::Llama | Arch::Mistral | Arch::Qwen2 | Arch::Qwen3 => None,
@@ -76,10 +89,17 @@ impl Config {
                 inv_freq,
                 layout: match arch {
                     Arch::Llama | Arch::Mistral | Arch::SmolLm3 => RopeLayout::Interleaved,
-                    Arch::Phi3 | Arch::Qwen2 | Arch::Qwen3 => RopeLayout::HalfSplit,
+                    Arch::Phi3 | Arch::Qwen2 | Arch::Qwen3 | Arch::Gemma3 => RopeLayout::HalfSplit,
                 },
             },
             others,
+            activation: if arch == Arch::Gemma3 { Activation::GeluTanh } else { Activation::Silu },
+            embedding_scale: if arch == Arch::Gemma3 { (hidden as f64).sqrt() } else { 1.0 },
+            // The file does not say: the largest model alone, of 62 layers, divides by another number than head_dim.
+            query_scale: match arch {
+                Arch::Gemma3 if layers == 62 => (head_dim as f64 / divide(hidden, q_heads)? as f64).sqrt(),
+                _ => 1.0,
+            },
             max_context,
             tied: !has("output.weight"),
             qkv_bias: arch == Arch::Qwen2 || has("blk.0.attn_q.bias"),

@@ -1,6 +1,9 @@
 //! A configuration from Hugging Face's `config.json`.
 
-use super::{Arch, Config, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth, inverse_frequencies};
+use super::{
+    Activation, Arch, Config, GLOBAL, LOCAL_THETA, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth,
+    inverse_frequencies,
+};
 use crate::error::{Error, Result};
 use kvpolicy::{Rope, RopeLayout};
 use serde::Deserialize;
@@ -40,7 +43,7 @@ struct HfConfig {
     rope_theta: Option<f64>,
     rope_scaling: Option<HfRope>,
     /// The newer place of both.
-    rope_parameters: Option<HfRope>,
+    rope_parameters: Option<HfRopes>,
     max_position_embeddings: usize,
     tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
@@ -51,6 +54,15 @@ struct HfConfig {
     /// 0 for a layer without RoPE, 1 for one with it.
     no_rope_layers: Option<Vec<u8>>,
     no_rope_layer_interval: Option<usize>,
+    /// `sliding_attention` or `full_attention`.
+    layer_types: Option<Vec<String>>,
+    sliding_window_pattern: Option<usize>,
+    rope_local_base_freq: Option<f64>,
+    query_pre_attn_scalar: Option<f64>,
+    attn_logit_softcapping: Option<f64>,
+    final_logit_softcapping: Option<f64>,
+    use_bidirectional_attention: Option<bool>,
+    hidden_activation: Option<String>,
     hidden_act: Option<String>,
     eos_token_id: Option<OneOrMany>,
 }
@@ -60,6 +72,14 @@ struct HfConfig {
 enum OneOrMany {
     One(u32),
     Many(Vec<u32>),
+}
+
+/// One for all layers, or one for each kind of them.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum HfRopes {
+    Two { full_attention: HfRope, sliding_attention: HfRope },
+    One(HfRope),
 }
 
 #[derive(Debug, Deserialize)]
@@ -77,11 +97,23 @@ struct HfRope {
 /// What a family takes for granted where a file does not say.
 impl Arch {
     fn theta(self) -> f64 {
-        if self == Self::SmolLm3 { 2e6 } else { 1e4 }
+        match self {
+            Self::SmolLm3 => 2e6,
+            Self::Gemma3 => 1e6,
+            _ => 1e4,
+        }
     }
 
     fn is_tied(self) -> bool {
-        self == Self::SmolLm3
+        matches!(self, Self::SmolLm3 | Self::Gemma3)
+    }
+
+    /// And its name.
+    fn activation(self) -> (&'static str, Activation) {
+        match self {
+            Self::Gemma3 => ("gelu_pytorch_tanh", Activation::GeluTanh),
+            _ => ("silu", Activation::Silu),
+        }
     }
 }
 
@@ -92,23 +124,46 @@ impl HfConfig {
                 "use_sliding_window=true is not supported: use the policy `window` instead".into(),
             ));
         }
-        if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
-            return Err(Error::Model(format!("hidden_act={act} is not supported: silu")));
+        let (name, activation) = arch.activation();
+        let named = self.hidden_activation.as_deref().or(self.hidden_act.as_deref());
+        if let Some(act) = named.filter(|act| *act != name) {
+            return Err(Error::Model(format!("hidden_act={act} is not supported: {name}")));
+        }
+        for (name, cap) in [
+            ("attn_logit_softcapping", self.attn_logit_softcapping),
+            ("final_logit_softcapping", self.final_logit_softcapping),
+        ] {
+            if let Some(cap) = cap {
+                return Err(Error::Model(format!("{name}={cap} is not supported: null")));
+            }
+        }
+        if self.use_bidirectional_attention == Some(true) {
+            return Err(Error::Model("use_bidirectional_attention=true is not supported: false".into()));
         }
         if let Some(factor) = self.partial_rotary_factor.filter(|factor| *factor != 1.0) {
             return Err(Error::Model(format!(
                 "partial_rotary_factor={factor} is not supported: RoPE over the whole head"
             )));
         }
-        let head_dim = self.head_dim.map_or_else(|| divide(self.hidden_size, self.num_attention_heads), Ok)?;
-        let rope = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        let default = if arch == Arch::Gemma3 { Some(256) } else { None };
+        let head_dim =
+            self.head_dim.or(default).map_or_else(|| divide(self.hidden_size, self.num_attention_heads), Ok)?;
+        let (rope, local) = match &self.rope_parameters {
+            Some(HfRopes::Two { full_attention, sliding_attention }) => (Some(full_attention), Some(sliding_attention)),
+            Some(HfRopes::One(rope)) => (Some(rope), None),
+            None => (self.rope_scaling.as_ref(), None),
+        };
         let theta = self.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(arch.theta());
         let inv_freq = match rope {
             Some(rope) => rope.scale(inverse_frequencies(theta, head_dim)?)?,
             None => inverse_frequencies(theta, head_dim)?,
         };
         let layers = checked_layers(self.num_hidden_layers)?;
-        let others = self.others(arch, layers, &inv_freq)?;
+        let local = match local {
+            Some(rope) => rope.scale(inverse_frequencies(rope.rope_theta.unwrap_or(LOCAL_THETA), head_dim)?)?,
+            None => inverse_frequencies(self.rope_local_base_freq.unwrap_or(LOCAL_THETA), head_dim)?,
+        };
+        let others = self.others(arch, layers, &inv_freq, local)?;
         let bias = self.attention_bias.unwrap_or(false);
         let config = Config {
             arch,
@@ -122,6 +177,12 @@ impl HfConfig {
             rms_eps: self.rms_norm_eps,
             rope: Rope { inv_freq, layout: RopeLayout::HalfSplit },
             others,
+            activation,
+            embedding_scale: if arch == Arch::Gemma3 { (self.hidden_size as f64).sqrt() } else { 1.0 },
+            query_scale: match arch {
+                Arch::Gemma3 => (head_dim as f64 / self.query_pre_attn_scalar.unwrap_or(256.0)).sqrt(),
+                _ => 1.0,
+            },
             max_context: self.max_position_embeddings,
             tied: self.tie_word_embeddings.unwrap_or(arch.is_tied()),
             qkv_bias: bias || arch == Arch::Qwen2,
@@ -136,9 +197,23 @@ impl HfConfig {
         config.checked()
     }
 
-    /// `inv_freq`: of the rest.
-    fn others(&self, arch: Arch, layers: usize, inv_freq: &[f32]) -> Result<Option<OtherLayers>> {
+    /// `inv_freq`: of the rest; `local`: of Gemma's layers with a window.
+    fn others(&self, arch: Arch, layers: usize, inv_freq: &[f32], local: Vec<f32>) -> Result<Option<OtherLayers>> {
         match arch {
+            Arch::Gemma3 => {
+                let which = match &self.layer_types {
+                    None => {
+                        every_nth(layers, self.sliding_window_pattern.unwrap_or(GLOBAL)).iter().map(|g| !g).collect()
+                    }
+                    Some(types) if types.len() >= layers => {
+                        types[..layers].iter().map(|kind| kind == "sliding_attention").collect()
+                    }
+                    Some(types) => {
+                        return Err(Error::Model(format!("layer_types names {} layers of {layers}", types.len())));
+                    }
+                };
+                OtherLayers::local(which, self.sliding_window.unwrap_or(4096), self.max_position_embeddings, local)
+            }
             // The Qwen files name a window that `use_sliding_window` switches off.
             Arch::Llama | Arch::Qwen2 | Arch::Qwen3 => Ok(None),
             Arch::SmolLm3 => {

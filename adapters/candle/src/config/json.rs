@@ -1,7 +1,7 @@
 //! A GGUF file's configuration as `config.json` says it.
 
 use super::{
-    Arch, Config,
+    Activation, Arch, Config, LOCAL_THETA,
     gguf::{real, text},
     inverse_frequencies,
 };
@@ -49,13 +49,22 @@ impl Config {
             "max_position_embeddings": self.max_context,
             "tie_word_embeddings": self.tied,
             "attention_bias": self.qkv_bias && self.arch != Arch::Qwen2,
-            "hidden_act": "silu",
             "torch_dtype": "bfloat16",
         }));
+        if self.activation == Activation::Silu {
+            fields.insert("hidden_act".into(), json!("silu"));
+        }
         fields.extend(object(match self.arch {
             Arch::Phi3 => {
                 json!({ "sliding_window": self.window(0), "original_max_position_embeddings": self.max_context })
             }
+            Arch::Gemma3 => json!({
+                "hidden_activation": "gelu_pytorch_tanh",
+                "query_pre_attn_scalar": self.head_dim as f64 / self.query_scale.powi(2),
+                "layer_types": (0..self.layers).map(|layer| self.layer_type(layer)).collect::<Vec<_>>(),
+                "sliding_window": (0..self.layers).find_map(|layer| self.window(layer)).unwrap_or(self.max_context as u32),
+                "rope_local_base_freq": LOCAL_THETA,
+            }),
             Arch::SmolLm3 => json!({
                 "mlp_bias": self.mlp_bias,
                 "no_rope_layers": (0..self.layers).map(|layer| !self.is_other(layer) as u8).collect::<Vec<_>>(),
@@ -67,6 +76,11 @@ impl Config {
             }
         }));
         fields
+    }
+
+    /// Gemma's word for a layer.
+    fn layer_type(&self, layer: usize) -> &'static str {
+        if self.is_other(layer) { "sliding_attention" } else { "full_attention" }
     }
 
     fn rope_fields(&self, metadata: &HashMap<String, gguf_file::Value>) -> Result<Map<String, Value>> {

@@ -26,6 +26,13 @@ impl Config {
     }
 }
 
+impl Config {
+    /// A norm's weight as safetensors have it.
+    fn as_in_safetensors(&self, weight: &Tensor) -> Result<Tensor> {
+        if self.norms_from_one() { Ok((weight - 1.0)?) } else { Ok(weight.clone()) }
+    }
+}
+
 impl Model {
     /// Its weights, f32, by their place: `embedding`, `norm`, `output` (unless it is the embedding) and
     /// `layers.N.PART`, projections of the same input joined.
@@ -67,6 +74,10 @@ impl Model {
             let mut add = |part: &str, tensor| all.push((format!("layers.{layer}.{part}"), tensor));
             add("attention_norm", &mut block.attention_norm);
             add("mlp_norm", &mut block.mlp_norm);
+            for (part, tensor) in [("after_attention", &mut block.after_attention), ("after_mlp", &mut block.after_mlp)]
+            {
+                tensor.iter_mut().for_each(|tensor| add(part, tensor));
+            }
             add("qkv", dense_mut(&mut block.qkv)?);
             let Heads { bias, q_norm, k_norm, .. } = &mut block.heads;
             for (part, tensor) in [("qkv_bias", bias), ("q_norm", q_norm), ("k_norm", k_norm)] {
@@ -107,22 +118,28 @@ impl Model {
                 }
                 Ok(())
             };
-            let whole = |tensor: &Tensor| tensor.dims()[0];
             split(&self.config().half_split(dense(&block.qkv)?)?, "weight", &qkv)?;
             for (linear, parts) in [(&block.gate_up, &gate_up), (&block.o, &o), (&block.down, &down)] {
                 split(dense(&linear.matrix)?, "weight", parts)?;
                 linear.bias.iter().try_for_each(|bias| split(bias, "bias", parts))?;
             }
             block.heads.bias.iter().try_for_each(|bias| split(&self.config().half_split(bias)?, "bias", &qkv))?;
-            for (part, tensor) in [("self_attn.q_norm", &block.heads.q_norm), ("self_attn.k_norm", &block.heads.k_norm)]
-            {
-                tensor.iter().try_for_each(|tensor| split(tensor, "weight", &[(part, whole(tensor))]))?;
+            let (norms, own) = (self.config().norms(), |weight: &Tensor| self.config().as_in_safetensors(weight));
+            let q_norm = block.heads.q_norm.as_ref().map(|weight| weight / self.config().query_scale).transpose()?;
+            for (part, weight) in [
+                (Some("self_attn.q_norm"), q_norm.as_ref()),
+                (Some("self_attn.k_norm"), block.heads.k_norm.as_ref()),
+                (Some(norms.attention), Some(&block.attention_norm)),
+                (norms.after_attention, block.after_attention.as_ref()),
+                (Some(norms.mlp), Some(&block.mlp_norm)),
+                (norms.after_mlp, block.after_mlp.as_ref()),
+            ] {
+                let (Some(part), Some(weight)) = (part, weight) else { continue };
+                split(&own(weight)?, "weight", &[(part, weight.dims()[0])])?;
             }
-            split(&block.attention_norm, "weight", &[("input_layernorm", whole(&block.attention_norm))])?;
-            split(&block.mlp_norm, "weight", &[("post_attention_layernorm", whole(&block.mlp_norm))])?;
         }
         all.insert("model.embed_tokens.weight".into(), self.embedding.clone());
-        all.insert("model.norm.weight".into(), self.norm.clone());
+        all.insert("model.norm.weight".into(), self.config().as_in_safetensors(&self.norm)?);
         if !self.config().tied {
             all.insert("lm_head.weight".into(), dense(&self.output.matrix)?.clone());
         }

@@ -39,10 +39,12 @@ impl Tiny {
                 .collect();
             Tensor::from_vec(numbers, shape, &device).unwrap()
         };
+        let gemma = arch == "gemma3_text";
+        let one = if gemma { 0.0 } else { 1.0 }; // Gemma's norms are what they are more than 1
         let mut tensors = HashMap::new();
         let mut add = |name: String, tensor: Tensor| tensors.insert(name, tensor);
         add("model.embed_tokens.weight".into(), random(&[VOCAB, HIDDEN], 2.0, 0.0));
-        add("model.norm.weight".into(), random(&[HIDDEN], 0.5, 1.0));
+        add("model.norm.weight".into(), random(&[HIDDEN], 0.5, one));
         if !tied {
             add("lm_head.weight".into(), random(&[VOCAB, HIDDEN], 0.5, 0.0));
         }
@@ -61,16 +63,21 @@ impl Tiny {
                 add(name(&format!("{part}.weight")), random(&[rows, columns], 0.6, 0.0));
             }
             for part in ["input_layernorm", "post_attention_layernorm"] {
-                add(name(&format!("{part}.weight")), random(&[HIDDEN], 0.5, 1.0));
+                add(name(&format!("{part}.weight")), random(&[HIDDEN], 0.5, one));
             }
             if arch == "qwen2" {
                 for (part, rows) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
                     add(name(&format!("self_attn.{part}.bias")), random(&[rows], 1.0, 0.0));
                 }
             }
-            if arch == "qwen3" {
+            if gemma {
+                for part in ["pre_feedforward_layernorm", "post_feedforward_layernorm"] {
+                    add(name(&format!("{part}.weight")), random(&[HIDDEN], 0.5, one));
+                }
+            }
+            if arch == "qwen3" || gemma {
                 for part in ["q_norm", "k_norm"] {
-                    add(name(&format!("self_attn.{part}.weight")), random(&[head_dim], 0.5, 1.0));
+                    add(name(&format!("self_attn.{part}.weight")), random(&[head_dim], 0.5, one));
                 }
             }
         }
@@ -88,6 +95,13 @@ impl Tiny {
             "tie_word_embeddings": self.tied, "attention_bias": false, "hidden_act": "silu",
             "sliding_window": 512, "max_window_layers": LAYERS, "use_sliding_window": false,
         });
+        if self.arch == "gemma3_text" {
+            let more = json!({
+                "hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 100.0,
+                "query_pre_attn_scalar": self.head_dim, "attn_logit_softcapping": null, "final_logit_softcapping": null,
+            });
+            config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        }
         let extra = self.extra.as_object().unwrap().clone();
         config.as_object_mut().unwrap().extend(extra);
         config
@@ -140,7 +154,9 @@ impl Tiny {
     }
 
     pub fn write_gguf(&self, path: &Path, matrices: GgmlDType) {
-        let key = |suffix: &str| format!("{}.{suffix}", self.arch);
+        let gemma = self.arch == "gemma3_text";
+        let arch = if gemma { "gemma3" } else { self.arch };
+        let key = |suffix: &str| format!("{arch}.{suffix}");
         use gguf_file::Value::{Array, F32, I32, String, U32};
         let bytes = (0..256).map(|byte| (byte_token(byte as u8), 1));
         let others = [("ab", 1), ("<|im_start|>", 3), ("<|im_end|>", 3)];
@@ -157,7 +173,7 @@ impl Tiny {
             ("tokenizer.ggml.merges".to_string(), Array(vec![String("a b".to_string())])),
             ("tokenizer.ggml.eos_token_id".to_string(), U32(258)),
             ("tokenizer.chat_template".to_string(), String(template.to_string())),
-            ("general.architecture".to_string(), String(self.arch.to_string())),
+            ("general.architecture".to_string(), String(arch.to_string())),
             ("general.dtype".to_string(), U32(0)),
             (key("embedding_length"), U32(HIDDEN as u32)),
             (key("feed_forward_length"), U32(FFN as u32)),
@@ -167,7 +183,7 @@ impl Tiny {
             (key("attention.key_length"), U32(self.head_dim as u32)),
             (key("attention.layer_norm_rms_epsilon"), F32(1e-5)),
             (key("rope.dimension_count"), U32(self.head_dim as u32)),
-            (key("rope.freq_base"), F32(10000.0)),
+            (key("rope.freq_base"), F32(self.extra["rope_theta"].as_f64().unwrap_or(10000.0) as f32)),
             (key("context_length"), U32(context as u32)),
         ];
         if let (Some(window), true) = (self.extra["sliding_window"].as_u64(), self.arch != "llama") {
@@ -177,7 +193,8 @@ impl Tiny {
             let dtype = if tensor.dims().len() == 2 { matrices } else { GgmlDType::F32 };
             let head = |part: &str| self.arch == "smollm3" && name.contains(part);
             let tensor = if head(".q_proj.") || head(".k_proj.") { &self.interleaved(tensor) } else { tensor };
-            (gguf_name(name), QTensor::quantize(tensor, dtype).unwrap())
+            let tensor = if gemma && name.ends_with("norm.weight") { &(tensor + 1.0).unwrap() } else { tensor };
+            (gguf_name(name, gemma), QTensor::quantize(tensor, dtype).unwrap())
         };
         let tensors: Vec<(std::string::String, QTensor)> = self.tensors.iter().map(|(n, t)| quantize(n, t)).collect();
         let metadata: Vec<_> = metadata.iter().map(|(name, value)| (name.as_str(), value)).collect();
@@ -191,13 +208,21 @@ fn layers(extra: &Value) -> usize {
     extra["num_hidden_layers"].as_u64().unwrap_or(LAYERS as u64) as usize
 }
 
-fn gguf_name(name: &str) -> String {
+fn gguf_name(name: &str, gemma: bool) -> String {
+    let norms: &[(&str, &str)] = if gemma {
+        &[
+            ("post_attention_layernorm", "post_attention_norm"),
+            ("pre_feedforward_layernorm", "ffn_norm"),
+            ("post_feedforward_layernorm", "post_ffw_norm"),
+        ]
+    } else {
+        &[("post_attention_layernorm", "ffn_norm")]
+    };
     let pairs = [
         ("model.embed_tokens", "token_embd"),
         ("model.norm", "output_norm"),
         ("lm_head", "output"),
         ("model.layers.", "blk."),
-        ("post_attention_layernorm", "ffn_norm"),
         ("input_layernorm", "attn_norm"),
         ("self_attn.q_norm", "attn_q_norm"),
         ("self_attn.k_norm", "attn_k_norm"),
@@ -211,7 +236,7 @@ fn gguf_name(name: &str) -> String {
         ("mlp.gate_up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
     ];
-    pairs.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
+    pairs.iter().chain(norms).fold(name.to_string(), |name, (from, to)| name.replace(from, to))
 }
 
 /// Phi-3's: q, k and v in one tensor, gate and up in another.
