@@ -51,6 +51,15 @@ pub trait Storage {
     -> Result<()>;
     /// The spans' entries as a policy sees them.
     fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>>;
+    /// Gives `to`, which holds nothing, what `from` holds. In a layer of which `share` says so both keep the same pages,
+    /// and whichever writes to one first copies it; in the others all is copied now.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`] if the pool has no room for the copies: nothing has changed then.
+    fn fork(&mut self, from: SeqId, to: SeqId, share: &[bool]) -> Result<()>;
+    /// Copies what the spans' sequences share in a layer, so that entries may be moved and dropped. Whoever drops some
+    /// calls it before [`append`](Self::append).
+    fn unshare(&mut self, layer: usize, spans: &[Span]) -> Result<()>;
     /// Gives back everything of a sequence; does nothing for one that holds nothing.
     fn release(&mut self, seq: SeqId);
     /// Those of the spans' sequences that were dropped, each with its reason, once. They stay empty until released. A
@@ -62,6 +71,9 @@ pub trait Storage {
     }
     /// What the store holds; on a device that the host does not wait for, as of some steps ago.
     fn usage(&self) -> Usage;
+    /// Rows of these sequences whose pages are full, dead entries included: the next token takes a page for each of them at
+    /// most. May wait for the device, once.
+    fn full_rows(&self, sequences: &[SeqId]) -> u64;
     /// Entries each KV head of a layer holds for a sequence. For inspection: may wait for the device.
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize>;
     /// Positions one row holds, sorted. For inspection: may wait for the device.

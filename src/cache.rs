@@ -105,6 +105,36 @@ impl KvCache {
         Ok(self.life(seq)?.seen)
     }
 
+    /// A new sequence that begins with all that `seq` has seen and holds, as for several answers to one prompt. Both share
+    /// pages, and whichever writes to one first copies it. Layers whose policy changes or drops entries at every token are
+    /// copied now: there the pages would be copied at the next step anyway. May wait for the device.
+    ///
+    /// # Errors
+    /// [`Error::Sequence`] for a sequence that is unknown, was dropped, or is in a step; [`Error::PoolExhausted`] if there is
+    /// no room for what has to be copied. Nothing has changed then.
+    pub fn fork(&mut self, seq: SeqId) -> Result<SeqId> {
+        let life = self.life(seq)?;
+        let refuse = |what: &str| Err(Error::Sequence { seq, what: what.to_string() });
+        if life.dropped {
+            return refuse("was dropped, for want of memory or by an error: there is nothing to fork");
+        }
+        if life.in_step {
+            return refuse("is in a step: fork it when the step has ended");
+        }
+        let stays = |layer| {
+            let every = self.policy.when(&LayerCx { layer, spec: &self.spec }).every;
+            self.taps[layer] == Tap::None && every.is_none()
+        };
+        let share: Vec<bool> = (0..self.spec.layers).map(stays).collect();
+        let to = self.open();
+        if let Err(error) = self.backend.fork(seq, to, &share) {
+            self.sequences.remove(&to);
+            return Err(error);
+        }
+        self.sequences.insert(to, life);
+        Ok(to)
+    }
+
     fn life(&self, seq: SeqId) -> Result<Life> {
         let unknown = || Error::Sequence { seq, what: "is unknown to this cache or already released".into() };
         self.sequences.get(&seq).copied().ok_or_else(unknown)
@@ -155,7 +185,7 @@ impl KvCache {
     /// has changed then. After an error of the policy or the backend the step is lost: [`abort`](Self::abort) it.
     pub fn attend(&mut self, layer: usize, step: &Step, new: &NewTokens) -> Result<Tensor> {
         self.check(layer, step, new)?;
-        let (policy, backend, spans) = (&self.policy, &mut self.backend, step.spans());
+        let (policy, spans) = (&self.policy, step.spans());
         let cx = LayerCx { layer, spec: &self.spec };
         let protect = policy.protect(&cx);
 
@@ -166,14 +196,18 @@ impl KvCache {
                 life.next_layer = layer + 1;
             }
         }
+        let due = self.due(&cx, spans);
+        // Decode reuses the dead entry's place, a prompt drops what died.
+        let prompts: Vec<Span> = spans.iter().filter(|span| span.phase != Phase::Decode).copied().collect();
+        let marks = !matches!(verdict.evict, Evict::Never);
+        let backend = &mut self.backend;
+        backend.unshare(layer, if marks { &prompts } else { &due })?;
         backend.append(layer, spans, new, &verdict, protect)?;
         backend.observe(layer, spans, &new.q)?;
         let y = backend.attend(layer, spans, &new.q, protect, self.taps[layer])?;
-
-        if spans.iter().any(|s| s.phase != Phase::Decode) {
-            backend.expire(layer, spans, protect)?; // decode reuses the dead entry's place instead
+        if !prompts.is_empty() {
+            backend.expire(layer, &prompts, protect)?;
         }
-        let due = self.due(&cx, spans);
         if !due.is_empty() {
             self.trim(layer, &due, protect)?;
         }
@@ -389,6 +423,12 @@ impl KvCache {
     /// Figures over all steps so far.
     pub fn stats(&self) -> Stats {
         self.stats
+    }
+
+    /// The most pages that one more token of each of these sequences takes: one for every row whose pages are full. May wait
+    /// for the device, once.
+    pub fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        self.backend.full_rows(sequences)
     }
 
     /// Entries each KV head of a layer holds for a sequence, those included that are dead and not yet reclaimed; empty

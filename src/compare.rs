@@ -1,6 +1,7 @@
 //! Policies side by side on one model: the same texts, the same prompts, the same machine.
 //!
-//! A host implements [`Subject`] for its models; [`run`] does the rest. The schema of [`Report`] is documented in
+//! A host implements [`Subject`] for its models, or a [`Runtime`](crate::runtime::Runtime) is one by way of [`Generating`];
+//! [`run`] does the rest. The schema of [`Report`] is documented in
 //! `docs/results.md`.
 //!
 //! | task | what |
@@ -26,6 +27,7 @@
 
 pub mod benchmark;
 mod common_words;
+mod generating;
 mod likelihood;
 mod log;
 mod needle;
@@ -45,6 +47,7 @@ mod turns;
 mod variable_tracking;
 mod word_key;
 
+pub use generating::Generating;
 pub use report::{Asked, Host, Metrics, Planned, Report, Row, SCHEMA, Sample, wilson};
 pub use significance::{Against, Measure};
 pub use sweep::{fit, sweepable};
@@ -52,10 +55,12 @@ pub use trace::{Trace, trace};
 
 use crate::{
     error::{Error, Result},
+    logits::argmax,
     params::Param,
     policies::Full,
     policy::Policy,
-    spec::{ModelSpec, keyword_param},
+    runtime::{HostError, TextModel},
+    spec::keyword_param,
     stats::Stats,
 };
 use benchmark::{Benchmark, Exam, Sampling};
@@ -64,24 +69,10 @@ use problems::Problem;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{fmt, sync::Arc};
 
-/// What a host's own errors become.
-pub type HostError = Box<dyn std::error::Error + Send + Sync>;
-
 /// A model under comparison.
-pub trait Subject {
-    /// Shape of its attention.
-    fn spec(&self) -> ModelSpec;
-    /// The longest context it was made for, in tokens.
-    fn max_context(&self) -> usize;
-    /// Text to tokens, as at the start of a prompt.
-    fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, HostError>;
-    /// Tokens to text, special tokens left out.
-    fn decode(&self, tokens: &[u32]) -> std::result::Result<String, HostError>;
-    /// Whether a token ends an answer.
-    fn is_end(&self, token: u32) -> bool;
-    /// A user's message in the model's chat template, the answer about to begin.
-    fn chat(&self, user: &str) -> std::result::Result<String, HostError>;
-    /// A new sequence under a policy.
+pub trait Subject: TextModel {
+    /// A new sequence under a policy. Those before need not be gone, unless the subject [only
+    /// generates](Self::only_generates).
     fn open(&self, policy: &Arc<dyn Policy>) -> std::result::Result<Box<dyn Sequence + '_>, HostError>;
     /// What [`Task::Kl`] and [`Task::TokenMatch`] measure against: a new sequence that keeps everything. A subject that stores
     /// keys and values in 8 bits does not here, so that `full` shows what they cost.
@@ -89,18 +80,69 @@ pub trait Subject {
         let full: Arc<dyn Policy> = Arc::new(Full {});
         self.open(&full)
     }
+
+    /// Whether it gives tokens in place of logits, and reads the prompt of a sequence once and as a whole. Then only tasks
+    /// that [generate](Task::generates) can be run.
+    fn only_generates(&self) -> bool {
+        false
+    }
 }
 
 /// One sequence of a model.
 pub trait Sequence {
-    /// Reads tokens; `last` ends the prompt. Logits of the last one.
-    fn prefill(&mut self, tokens: &[u32], last: bool) -> std::result::Result<Vec<f32>, HostError>;
-    /// Goes on from a token. Its logits.
-    fn decode(&mut self, token: u32) -> std::result::Result<Vec<f32>, HostError>;
+    /// Reads tokens; `last` ends the prompt. What comes after the last one.
+    fn prefill(&mut self, tokens: &[u32], last: bool) -> std::result::Result<Next, HostError>;
+    /// Goes on from a token. What comes after it.
+    fn decode(&mut self, token: u32) -> std::result::Result<Next, HostError>;
     /// What the cache held so far.
     fn stats(&self) -> Stats;
     /// Positions that each KV head of a layer holds now, in order.
     fn held(&self, layer: usize) -> Vec<Vec<u32>>;
+}
+
+/// What a model says of the next token.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Next {
+    /// How likely each is.
+    Logits(Vec<f32>),
+    /// The most likely one.
+    Token(u32),
+    /// Nothing: the prompt has not ended.
+    Unknown,
+}
+
+impl Next {
+    /// The most likely token; the first of equals.
+    ///
+    /// # Errors
+    /// [`Error::Config`] in the middle of a prompt.
+    pub fn most_likely(&self) -> Result<u32> {
+        match self {
+            Self::Logits(logits) => Ok(argmax(logits)),
+            Self::Token(token) => Ok(*token),
+            Self::Unknown => Err(Error::Config("a runtime was asked to go on in the middle of a prompt".into())),
+        }
+    }
+
+    /// As [`logits`](Self::logits), taken out.
+    #[cfg(feature = "router")]
+    pub(crate) fn into_logits(self) -> Result<Vec<f32>> {
+        match self {
+            Self::Logits(logits) => Ok(logits),
+            _ => Err(Error::Config("this runtime gives no logits".into())),
+        }
+    }
+
+    /// The logits.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where there are none.
+    pub fn logits(&self) -> Result<&[f32]> {
+        match self {
+            Self::Logits(logits) => Ok(logits),
+            _ => Err(Error::Config("this runtime gives no logits".into())),
+        }
+    }
 }
 
 impl From<HostError> for Error {
@@ -240,6 +282,11 @@ impl Task {
         }
     }
 
+    /// Whether it can do with a model that only generates: it reads one prompt, and the answer is all it looks at.
+    pub fn generates(self) -> bool {
+        matches!(self, Self::Ask(_, Setting::Aware) | Self::Exam(_))
+    }
+
     /// A problem of the task's own, of up to this many bytes; `None` for a task that has none.
     fn problem(self, rng: &mut StdRng, bytes: usize) -> Option<Problem> {
         match self {
@@ -338,6 +385,7 @@ pub trait Progress {
 /// [`Error::Config`] for a plan that cannot be met (naming what to change), else whatever stops the host.
 pub fn run(subject: &dyn Subject, plan: &Plan, done: Vec<Sample>, progress: &mut dyn Progress) -> Result<Vec<Row>> {
     check(plan)?;
+    check_subject(subject, plan)?;
     let contests = plan.contests.iter().map(|contest| Excerpts { subject, plan, contest });
     let contests = contests.map(|texts| Ok((foresee(&texts)?, texts))).collect::<Result<Vec<_>>>()?;
     let mut log = Log::new(plan, done, progress);
@@ -396,6 +444,30 @@ fn check(plan: &Plan) -> Result<()> {
         check_text(&contest.tasks, plan.text.as_deref())?;
         check_context(contest.context)?;
         check_labels(contest)?;
+    }
+    Ok(())
+}
+
+/// Whether every task of a plan can be run over a subject.
+///
+/// # Errors
+/// [`Error::Config`] naming the task that cannot, and why.
+pub fn check_subject(subject: &dyn Subject, plan: &Plan) -> Result<()> {
+    if !subject.only_generates() {
+        return Ok(());
+    }
+    let mut tasks = plan.contests.iter().flat_map(|contest| &contest.tasks);
+    if let Some(task) = tasks.find(|task| !task.generates()) {
+        return Err(Error::Config(format!(
+            "the task {task} cannot run here: the runtime gives no logits, and reads a prompt once and as a whole; take tasks \
+             whose names end in {AWARE}, or benchmarks"
+        )));
+    }
+    if plan.sampling.temperature > 0.0 {
+        let temperature = plan.sampling.temperature;
+        return Err(Error::Config(format!(
+            "temperature={temperature} cannot be had here: the runtime gives no logits"
+        )));
     }
     Ok(())
 }

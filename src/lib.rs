@@ -108,6 +108,7 @@ mod registry;
 pub mod retrofit;
 #[cfg(feature = "router")]
 pub mod router;
+pub mod runtime;
 mod spec;
 mod stats;
 mod step;
@@ -122,6 +123,6 @@ pub use policy::{
     When,
 };
 pub use registry::{Entry, Registry};
-pub use spec::{GateSpec, Lag, ModelSpec, PerGate, Rope, RopeLayout};
+pub use spec::{GateSpec, KeyRange, Lag, ModelSpec, PerGate, Rope, RopeLayout};
 pub use stats::{Stats, Usage};
 pub use step::{Phase, SeqId, Span, Step};

@@ -18,12 +18,14 @@ pub struct ModelSpec {
     pub rope: Option<Rope>,
     /// The decision gates the model was trained with (DMS); `None` for a plain model.
     pub gates: Option<GateSpec>,
+    /// How large the components of its keys become; `None` for about the same.
+    pub key_range: Option<KeyRange>,
 }
 
 impl ModelSpec {
     /// A model without RoPE and gates; set the fields to add them.
     pub fn new(layers: usize, q_heads: usize, kv_heads: usize, head_dim: usize) -> Self {
-        Self { layers, q_heads, kv_heads, head_dim, rope: None, gates: None }
+        Self { layers, q_heads, kv_heads, head_dim, rope: None, gates: None, key_range: None }
     }
 
     /// Query heads that share a KV head.
@@ -52,7 +54,34 @@ impl ModelSpec {
         {
             why.push(format!("rope has {} frequencies for head_dim={}", rope.inv_freq.len(), self.head_dim));
         }
+        if let Some(range) = &self.key_range
+            && range.exponents.len() != self.layers * self.kv_heads * self.head_dim
+        {
+            let [n, expected] = [range.exponents.len(), self.layers * self.kv_heads * self.head_dim];
+            why.push(format!("key_range has {n} exponents for {expected} components of keys"));
+        }
         why
+    }
+}
+
+/// The powers of two about which the components of keys lie, as cached: after RoPE. A store of 8 bits divides keys by them and
+/// multiplies queries, which changes no attention, so that components which are small in every key keep their bits beside
+/// large ones (as SmoothQuant does for activations, arXiv 2211.10438). Other stores have no use for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyRange {
+    exponents: Vec<i8>, // [layers, kv_heads, head_dim]
+}
+
+impl KeyRange {
+    /// From the largest absolute value of each component over some keys, `[layers, kv_heads, head_dim]`.
+    pub fn of_largest(largest: &[f32]) -> Self {
+        let exponent = |x: &f32| if x.is_normal() { x.abs().log2().floor().clamp(-16.0, 16.0) as i8 } else { 0 };
+        Self { exponents: largest.iter().map(exponent).collect() }
+    }
+
+    /// What queries are multiplied by: powers of two, f32 `[layers, kv_heads, head_dim]`.
+    pub fn factors(&self) -> Vec<f32> {
+        self.exponents.iter().map(|&exponent| 2f32.powi(exponent as i32)).collect()
     }
 }
 

@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+mod cuda {
+    mod forks;
+}
 
 use candle_core::{DType, Device, Tensor};
 use common::{

@@ -10,6 +10,7 @@ mod laws {
     mod budgets;
     mod exact;
     mod exhaustion;
+    mod forks;
     mod indifference;
     mod masks;
     mod misuse;

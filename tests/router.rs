@@ -3,8 +3,9 @@
 
 use kvpolicy::{
     ModelSpec, Policy, Registry, Result, Stats,
-    compare::{HostError, Sequence, Subject},
+    compare::{self, Sequence, Subject},
     router::{Arm, ArmReport, Guard, Limits, Next, Outcome, Router, RouterConfig, Ticket, answer, divergence},
+    runtime::{HostError, TextModel},
 };
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 use std::{
@@ -373,7 +374,7 @@ impl Seen {
 
 type Hosted<T> = std::result::Result<T, HostError>;
 
-impl Subject for Counts {
+impl TextModel for Counts {
     fn spec(&self) -> ModelSpec {
         ModelSpec::new(1, 1, 1, 8)
     }
@@ -392,6 +393,9 @@ impl Subject for Counts {
     fn chat(&self, user: &str) -> Hosted<String> {
         Ok(user.into())
     }
+}
+
+impl Subject for Counts {
     fn open(&self, policy: &Arc<dyn Policy>) -> Hosted<Box<dyn Sequence + '_>> {
         let sees = if policy.to_string() == "full" { usize::MAX } else { 4 };
         Ok(Box::new(Seen { tokens: vec![], sees }))
@@ -399,11 +403,11 @@ impl Subject for Counts {
 }
 
 impl Sequence for Seen {
-    fn prefill(&mut self, tokens: &[u32], _: bool) -> Hosted<Vec<f32>> {
+    fn prefill(&mut self, tokens: &[u32], _: bool) -> Hosted<compare::Next> {
         self.tokens.extend(tokens);
-        Ok(self.logits())
+        Ok(compare::Next::Logits(self.logits()))
     }
-    fn decode(&mut self, token: u32) -> Hosted<Vec<f32>> {
+    fn decode(&mut self, token: u32) -> Hosted<compare::Next> {
         self.prefill(&[token], true)
     }
     fn stats(&self) -> Stats {

@@ -5,9 +5,10 @@ use crate::{
     table::{self, read_text},
 };
 use anyhow::{Context, Result, ensure};
+use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvpolicy::{
-    KvCache, Registry,
+    KvCache, Policy, Registry,
     compare::{
         self, Asked, Contender, Contest, Host, Plan, Planned, Progress, Report, SCHEMA, Sample, Subject, Task,
         benchmark::{Benchmark, Exam, Sampling, check_exams},
@@ -18,11 +19,13 @@ use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+/// The options of `kvpolicy compare`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
+pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Policies, separated by `;`. `full` is the measure of the others. [default: some well-known ones]
@@ -72,6 +75,76 @@ pub(crate) struct Args {
     /// Go on with a run that was stopped, from its folder `--out`.
     #[arg(long, requires = "out")]
     resume: bool,
+}
+
+/// A model of some runtime that policies can be compared on.
+pub trait Compared {
+    /// What the tasks run over.
+    fn subject(&self) -> &dyn Subject;
+    /// What the results say of it.
+    ///
+    /// # Errors
+    /// If it cannot be found out.
+    fn about(&self) -> Result<About>;
+    /// Whether a policy can run on it.
+    ///
+    /// # Errors
+    /// Every reason why it cannot.
+    fn check(&self, policy: &Arc<dyn Policy>) -> Result<()>;
+    /// SHA-256 of the gates that a policy decides by, if any.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn gates_sha256(&self, policy: &Arc<dyn Policy>) -> Result<Option<String>>;
+}
+
+/// What the results say of a model.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Its name.
+    pub model: String,
+    /// SHA-256 of its weights.
+    pub sha256: String,
+    /// Type of its activations.
+    pub dtype: DType,
+    /// Whether its matrices are quantized.
+    pub quantized: bool,
+    /// SHA-256 of what makes tokens of text.
+    pub tokenizer_sha256: String,
+    /// Type of stored keys and values.
+    pub kv_dtype: DType,
+    /// `cpu`, or the GPU's own name.
+    pub device: String,
+}
+
+impl Compared for Hosted {
+    fn subject(&self) -> &dyn Subject {
+        self
+    }
+
+    fn about(&self) -> Result<About> {
+        Ok(About {
+            model: self.lm.name().to_string(),
+            sha256: self.lm.sha256()?,
+            dtype: self.lm.dtype(),
+            quantized: self.lm.model().is_quantized(),
+            tokenizer_sha256: self.lm.tokenizer_sha256()?,
+            kv_dtype: self.options.kv_dtype(self.lm.model()),
+            device: device_name(self.lm.model().device())?,
+        })
+    }
+
+    fn check(&self, policy: &Arc<dyn Policy>) -> Result<()> {
+        self.lm.session(policy.clone(), &self.options)?;
+        Ok(())
+    }
+
+    fn gates_sha256(&self, policy: &Arc<dyn Policy>) -> Result<Option<String>> {
+        if KvCache::gate_source(&**policy, &self.subject().spec())?.is_none() {
+            return Ok(None);
+        }
+        Ok(self.lm.gates_for(&**policy)?.map(|gates| gates.sha256()).transpose()?)
+    }
 }
 
 /// What is compared where the command line does not say.
@@ -124,6 +197,23 @@ impl<'a> Request<'a> {
 }
 
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
+    compare(args, registry, |model, longest| {
+        let mut hosted = model.load()?;
+        model.reach(&mut hosted, longest);
+        Ok(Box::new(hosted))
+    })
+}
+
+/// Compares policies as `kvpolicy compare` does, on a model that `load` makes of its options; sequences will not have more
+/// tokens than it is told, unless the model was made for more.
+///
+/// # Errors
+/// What is wrong with the options, and whatever stops the model.
+pub fn compare(
+    args: &Args,
+    registry: &Registry,
+    load: impl FnOnce(&ModelArgs, usize) -> Result<Box<dyn Compared>>,
+) -> Result<()> {
     let clock = Instant::now();
     let request = Request::new(args)?;
     // Before the model is loaded: a typing error costs no wait. A sweep fills in what is missing.
@@ -135,17 +225,17 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let exams = args.file.iter().map(|file| exam(file, args)).collect::<Result<Vec<_>>>()?;
     let sampling = Sampling { repeats: args.repeats, temperature: args.temperature, allow_exec: args.allow_exec };
     check_exams(&request.tasks, &exams, &sampling)?;
-    let mut hosted = args.model.load()?;
     // Text that is cut and put together again may make a few tokens more.
-    args.model.reach(&mut hosted, args.context.iter().max().unwrap_or(&0).saturating_add(1024));
+    let hosted = load(&args.model, args.context.iter().max().unwrap_or(&0).saturating_add(1024))?;
+    let subject = hosted.subject();
     let groups = compare::task_groups(&request.tasks);
     let cells = args.context.iter().flat_map(|&context| groups.iter().map(move |tasks| (context, tasks.clone())));
-    let contests = cells.map(|(context, tasks)| contest(&request, registry, &hosted, context, tasks));
+    let contests = cells.map(|(context, tasks)| contest(&request, registry, subject, context, tasks));
     let (contests, samples, seed) = (contests.collect::<Result<_>>()?, request.samples, args.seed);
     let plan = Plan { contests, samples, seed, text, exams, sampling };
-    check(&plan, &hosted, args.model.allow_long)?;
+    check(&plan, &*hosted, args.model.allow_long)?;
 
-    let mut head = head(&hosted, &plan)?;
+    let mut head = head(hosted.about()?, gates(&*hosted, &plan)?, &plan);
     let (results, done) = match &args.out {
         Some(dir) if args.resume => {
             let (results, done) = Results::resume(dir, &head)?;
@@ -155,13 +245,13 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         None => (None, vec![]),
     };
     let mut progress = Bar::new(results)?;
-    head.rows = compare::run(&hosted, &plan, done, &mut progress)?;
+    head.rows = compare::run(subject, &plan, done, &mut progress)?;
     let results = progress.finish();
     println!("{}", table::comparison(&head.rows, &request.tasks));
-    eprintln!("{} in {:.1} s", hosted.lm.name(), clock.elapsed().as_secs_f64());
+    eprintln!("{} in {:.1} s", head.model, clock.elapsed().as_secs_f64());
     if let (Some(dir), Some(results)) = (&args.out, results) {
         results.write(&head)?;
-        results.write_traces(&compare::trace(&hosted, &plan)?)?;
+        results.write_traces(&compare::trace(subject, &plan)?)?;
         report::write(dir)?;
         eprintln!("results and report.html written to {}", dir.display());
     }
@@ -180,7 +270,7 @@ fn exam(file: &str, args: &Args) -> Result<Exam> {
 fn contest(
     request: &Request,
     registry: &Registry,
-    hosted: &Hosted,
+    subject: &dyn Subject,
     context: usize,
     tasks: Vec<Task>,
 ) -> Result<Contest> {
@@ -191,7 +281,7 @@ fn contest(
             continue;
         }
         for &ratio in request.sweep {
-            match compare::fit(registry, text, &hosted.spec(), tasks[0], context, ratio) {
+            match compare::fit(registry, text, &subject.spec(), tasks[0], context, ratio) {
                 Ok(policy) => contenders.push(Contender { label: format!("{text} @{ratio}x"), policy }),
                 Err(kvpolicy::Error::OutOfReach(what)) => {
                     eprintln!("left out at context {context}: {text} @{ratio}x {what}")
@@ -204,8 +294,9 @@ fn contest(
 }
 
 /// What would fail after minutes fails now.
-fn check(plan: &Plan, hosted: &Hosted, allow_long: bool) -> Result<()> {
-    let most = hosted.max_context();
+fn check(plan: &Plan, hosted: &dyn Compared, allow_long: bool) -> Result<()> {
+    compare::check_subject(hosted.subject(), plan)?;
+    let most = hosted.subject().max_context();
     for contest in &plan.contests {
         let context = contest.context;
         ensure!(
@@ -213,26 +304,26 @@ fn check(plan: &Plan, hosted: &Hosted, allow_long: bool) -> Result<()> {
             "context={context} exceeds the {most} tokens the model was made for; allow it with --allow-long"
         );
         for contender in &contest.contenders {
-            hosted.lm.session(contender.policy.clone(), &hosted.options)?;
+            hosted.check(&contender.policy)?;
         }
     }
     Ok(())
 }
 
 /// What is known before the first run.
-fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
-    Ok(Report {
+fn head(about: About, gates: BTreeMap<String, String>, plan: &Plan) -> Report {
+    Report {
         schema: SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_string(),
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         command: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
-        model: hosted.lm.name().to_string(),
-        model_sha256: hosted.lm.sha256()?,
-        dtype: hosted.lm.dtype().as_str().to_string(),
-        quantized: hosted.lm.model().is_quantized(),
-        tokenizer_sha256: hosted.lm.tokenizer_sha256()?,
-        gates: gates(hosted, plan)?,
-        kv_dtype: kv_name(hosted.options.kv_dtype(hosted.lm.model())).to_string(),
+        model: about.model,
+        model_sha256: about.sha256,
+        dtype: about.dtype.as_str().to_string(),
+        quantized: about.quantized,
+        tokenizer_sha256: about.tokenizer_sha256,
+        gates,
+        kv_dtype: kv_name(about.kv_dtype).to_string(),
         text_sha256: plan.text.as_deref().map_or_else(String::new, sha256),
         seed: plan.seed,
         samples: plan.samples,
@@ -244,22 +335,21 @@ fn head(hosted: &Hosted, plan: &Plan) -> Result<Report> {
             platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             cpu: cpu_name(),
             threads: rayon::current_num_threads(),
-            device: device_name(hosted.lm.model().device())?,
+            device: about.device,
         },
         rows: vec![],
-    })
+    }
 }
 
 /// The hash of the gates of each policy that asks for some.
-fn gates(hosted: &Hosted, plan: &Plan) -> Result<BTreeMap<String, String>> {
-    let (spec, mut all) = (hosted.spec(), BTreeMap::new());
+fn gates(model: &dyn Compared, plan: &Plan) -> Result<BTreeMap<String, String>> {
+    let mut all = BTreeMap::new();
     for Contender { policy, .. } in plan.contests.iter().flat_map(|contest| &contest.contenders) {
         let name = policy.to_string();
-        if all.contains_key(&name) || KvCache::gate_source(&**policy, &spec)?.is_none() {
-            continue;
-        }
-        if let Some(gates) = hosted.lm.gates_for(&**policy)? {
-            all.insert(name, gates.sha256()?);
+        if !all.contains_key(&name)
+            && let Some(sha256) = model.gates_sha256(policy)?
+        {
+            all.insert(name, sha256);
         }
     }
     Ok(all)
@@ -270,7 +360,20 @@ fn asked(exam: &Exam) -> Asked {
 }
 
 fn sha256(text: &str) -> String {
-    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&Sha256::digest(text.as_bytes()))
+}
+
+/// SHA-256 of a file, hexadecimal.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn file_sha256(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    Ok(hexadecimal(&Sha256::digest(bytes)))
+}
+
+fn hexadecimal(hash: &[u8]) -> String {
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Linux says; elsewhere it stays empty.

@@ -1,10 +1,9 @@
 use crate::{model::ModelArgs, table};
-use anyhow::{Context, Result};
-use kvpolicy::{
-    Registry,
-    compare::{Subject, problems},
-};
-use kvpolicy_candle::TextStream;
+use anyhow::{Context, Result, ensure};
+use candle_core::Tensor;
+use candle_transformers::generation::{LogitsProcessor, Sampling};
+use kvpolicy::{Registry, compare::problems, runtime::TextModel};
+use kvpolicy_candle::{Chains, TextStream, Tokenizer};
 use rand::{SeedableRng, rngs::StdRng};
 use std::{io::Write, path::PathBuf, time::Instant};
 
@@ -27,9 +26,26 @@ pub(crate) struct Args {
     /// The most tokens to generate [default: 256; 1024 for the map].
     #[arg(long)]
     max_tokens: Option<usize>,
+    /// Answers, decoded together; they hold the prompt once. More than one need a temperature.
+    #[arg(long, default_value_t = 1)]
+    n: usize,
+    /// Randomness of the choice of tokens; 0 takes the most likely one.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Of the choices.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
 }
 
 impl Args {
+    fn check(&self) -> Result<()> {
+        let (n, temperature) = (self.n, self.temperature);
+        ensure!(n > 0, "n=0 is not accepted: 1 or more");
+        ensure!(temperature.is_finite() && temperature >= 0.0, "temperature={temperature} is not accepted: 0 or more");
+        ensure!(n == 1 || temperature > 0.0, "n={n} answers at temperature=0 are all the same: give a --temperature");
+        Ok(())
+    }
+
     /// What to say, and whether it was made up here.
     fn prompt(&self) -> Result<(String, bool)> {
         match (&self.prompt, &self.prompt_file) {
@@ -44,16 +60,97 @@ impl Args {
     }
 }
 
+/// One answer.
+struct Answer<'a> {
+    tokenizer: &'a Tokenizer,
+    choice: LogitsProcessor,
+    stream: TextStream<'a>,
+    text: String,
+    tokens: usize,
+}
+
+impl<'a> Answer<'a> {
+    fn new(args: &Args, tokenizer: &'a Tokenizer, i: usize) -> Self {
+        let sampling = match args.temperature {
+            0.0 => Sampling::ArgMax,
+            temperature => Sampling::All { temperature },
+        };
+        let choice = LogitsProcessor::from_sampling(args.seed.wrapping_add(i as u64), sampling);
+        Self { tokenizer, choice, stream: TextStream::new(tokenizer), text: String::new(), tokens: 0 }
+    }
+
+    /// The next token, or the end. `logits`: `[vocab]`.
+    fn choose(&mut self, logits: &Tensor) -> Result<Option<u32>> {
+        let token = self.choice.sample(logits)?;
+        if self.tokenizer.is_eos(token) {
+            return Ok(None);
+        }
+        self.tokens += 1;
+        self.text.push_str(&self.stream.push(token)?.unwrap_or_default());
+        Ok(Some(token))
+    }
+
+    /// What was said since the last call.
+    fn say(&mut self, out: &mut impl Write) -> Result<()> {
+        let said = write!(out, "{}", self.text).and_then(|_| out.flush());
+        self.text.clear();
+        said.context("standard output")
+    }
+
+    fn finish(&mut self, out: &mut impl Write) -> Result<()> {
+        let rest = self.stream.clone().finish()?.unwrap_or_default();
+        writeln!(out, "{}{rest}", self.text).context("standard output")
+    }
+}
+
+/// The answers as they grow.
+struct Answers<'a> {
+    chains: Chains<'a>,
+    answers: Vec<Answer<'a>>,
+    most: usize,
+    /// Tokens that were chosen and not read: `(chain, token)`.
+    next: Vec<(usize, u32)>,
+    lost: Vec<kvpolicy_candle::Error>,
+}
+
+impl Answers<'_> {
+    /// Each chooses a token by its row of the logits, `[chains, vocab]`, or ends.
+    fn choose(&mut self, chains: &[usize], logits: &Tensor) -> Result<()> {
+        self.next.clear();
+        for (row, &chain) in chains.iter().enumerate() {
+            let answer = &mut self.answers[chain];
+            let token = answer.choose(&logits.get(row)?)?;
+            match token.filter(|_| answer.tokens < self.most && self.chains.has_room(chain)) {
+                Some(token) => self.next.push((chain, token)),
+                None => self.chains.end(chain),
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let (logits, lost) = self.chains.decode(&self.next)?;
+        let gone: Vec<usize> = lost.iter().map(|(chain, _)| *chain).collect();
+        self.lost.extend(lost.into_iter().map(|(_, error)| error));
+        let rows: Vec<u32> =
+            (0..).zip(&self.next).filter(|(_, (chain, _))| !gone.contains(chain)).map(|(row, _)| row).collect();
+        let chains: Vec<usize> = rows.iter().map(|&row| self.next[row as usize].0).collect();
+        let logits = logits.index_select(&Tensor::new(rows, logits.device())?, 0)?;
+        self.choose(&chains, &logits)
+    }
+}
+
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let policy = registry.parse(&args.policy)?;
+    args.check()?;
     let (prompt, made_up) = args.prompt()?;
-    anyhow::ensure!(!prompt.trim().is_empty(), "the prompt is empty");
-    let max_tokens = args.max_tokens.unwrap_or(if made_up { 1024 } else { 256 });
+    ensure!(!prompt.trim().is_empty(), "the prompt is empty");
+    let most = args.max_tokens.unwrap_or(if made_up { 1024 } else { 256 });
     let mut hosted = args.model.load()?;
     let text = if args.raw { prompt } else { hosted.chat(&prompt).map_err(anyhow::Error::from_boxed)? };
     let tokens = hosted.lm.tokenizer().encode(&text)?;
-    args.model.reach(&mut hosted, tokens.len().saturating_add(max_tokens));
-    let tokenizer = hosted.lm.tokenizer();
+    args.model.reach(&mut hosted, tokens.len().saturating_add(most));
+    hosted.options.chains = Some(args.n);
 
     let mut out = std::io::stdout().lock();
     if made_up {
@@ -61,29 +158,33 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     }
     let mut session = hosted.lm.session(policy.clone(), &hosted.options)?;
     let start = Instant::now();
-    let mut logits = session.prefill(&tokens, true)?;
-    let read = start.elapsed().as_secs_f64();
-    let (start, mut generated) = (Instant::now(), 0usize);
-    let mut stream = TextStream::new(tokenizer);
-    while generated < max_tokens {
-        let token = logits.argmax(0)?.to_scalar::<u32>()?;
-        if tokenizer.is_eos(token) {
-            break;
+    let logits = session.prefill(&tokens, true)?;
+    let (read, prompt_bytes) = (start.elapsed().as_secs_f64(), session.cache().usage().bytes_in_use);
+    let (start, chains) = (Instant::now(), session.chains(args.n)?);
+    let answers = (0..args.n).map(|i| Answer::new(args, hosted.lm.tokenizer(), i)).collect();
+    let mut all = Answers { chains, answers, most, next: vec![], lost: vec![] };
+    let logits = logits.unsqueeze(0)?.repeat((args.n, 1))?;
+    all.choose(&(0..args.n).collect::<Vec<_>>(), &logits)?;
+    let mut begun_bytes = None; // with a token in each answer
+    while !all.next.is_empty() {
+        if let [alone] = &mut all.answers[..] {
+            alone.say(&mut out)?;
         }
-        generated += 1;
-        if let Some(piece) = stream.push(token)? {
-            write!(out, "{piece}").and_then(|_| out.flush()).context("standard output")?;
-        }
-        if generated < max_tokens && session.has_room() {
-            logits = session.decode(token)?;
-        } else {
-            break;
-        }
+        all.step()?;
+        begun_bytes.get_or_insert(all.chains.cache().usage().bytes_in_use);
     }
     let wrote = start.elapsed().as_secs_f64();
-    writeln!(out, "{}", stream.finish()?.unwrap_or_default()).context("standard output")?;
-
-    let stats = session.stats();
+    for (i, answer) in all.answers.iter_mut().enumerate() {
+        if args.n > 1 {
+            writeln!(out, "--- {} of {}", i + 1, args.n).context("standard output")?;
+        }
+        answer.finish(&mut out)?;
+    }
+    for error in &all.lost {
+        eprintln!("an answer ended early: {error}");
+    }
+    ensure!(all.lost.len() < args.n, "no answer came to its end");
+    let (stats, generated) = (all.chains.stats(), all.answers.iter().map(|answer| answer.tokens).sum::<usize>());
     eprintln!(
         "\n{policy}\n{} prompt tokens at {:.1}/s, {generated} generated at {:.1}/s\n\
          KV: peak {}, mean {}, dense would peak at {}; compression {:.2}x ({} of {} entries evicted)",
@@ -97,5 +198,15 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         stats.evicted,
         stats.written,
     );
+    if let (2.., Some(begun)) = (args.n, begun_bytes) {
+        let (prompt, begun) = (prompt_bytes as f64, begun as f64);
+        eprintln!(
+            "{} answers began in {}, {:.3} times the prompt's {}",
+            args.n,
+            table::bytes(begun),
+            begun / prompt,
+            table::bytes(prompt)
+        );
+    }
     Ok(())
 }

@@ -25,6 +25,9 @@ mod route;
 mod table;
 mod train_demo;
 
+pub use compare::{About, Args as CompareArgs, Compared, compare, file_sha256};
+pub use model::{Float, KvType, ModelArgs, Place, device_name};
+
 use clap::{Parser, Subcommand};
 use kvpolicy::Registry;
 use std::process::ExitCode;

@@ -6,15 +6,20 @@ use clap::ValueEnum;
 use kvpolicy_candle::{Hosted, Lm, LoadOptions, SessionOptions};
 use std::{fmt, str::FromStr};
 
+/// A type of numbers.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum Float {
+pub enum Float {
+    /// 32 bits.
     F32,
+    /// 16 bits, 5 of them for the exponent.
     F16,
+    /// 16 bits, 8 of them for the exponent.
     Bf16,
 }
 
 impl Float {
-    pub(crate) fn dtype(self) -> DType {
+    /// The tensor library's name for it.
+    pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,
@@ -25,9 +30,12 @@ impl Float {
 
 /// What keys and values are stored as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum KvType {
+pub enum KvType {
+    /// 32 bits.
     F32,
+    /// 16 bits, 10 of mantissa.
     F16,
+    /// 16 bits, 7 of mantissa.
     Bf16,
     /// 8-bit floats, and a factor for each entry's key and value.
     Fp8,
@@ -36,7 +44,8 @@ pub(crate) enum KvType {
 }
 
 impl KvType {
-    pub(crate) fn dtype(self) -> DType {
+    /// As a store is told.
+    pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,
@@ -64,8 +73,10 @@ pub(crate) fn kv_name(dtype: DType) -> &'static str {
 
 /// Where a model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub enum Place {
+    /// The processor.
     Cpu,
+    /// The GPU of this number.
     Cuda(usize),
 }
 
@@ -111,7 +122,10 @@ impl Place {
 }
 
 /// `cpu`, or the GPU's own name.
-pub(crate) fn device_name(device: &Device) -> Result<String> {
+///
+/// # Errors
+/// If the GPU does not tell it.
+pub fn device_name(device: &Device) -> Result<String> {
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(cuda) => Ok(cuda.cuda_stream().context().name()?),
@@ -119,36 +133,37 @@ pub(crate) fn device_name(device: &Device) -> Result<String> {
     }
 }
 
+/// Which model, and where and how it runs.
 #[derive(Debug, clap::Args)]
-pub(crate) struct ModelArgs {
+pub struct ModelArgs {
     /// A folder of safetensors, a GGUF file, or a hub id (org/name, org/name/file.gguf) [default: `demo`, a small model
     /// inside the program that recalls facts and walks along maps].
     #[arg(long)]
-    pub(crate) model: Option<String>,
+    pub model: Option<String>,
     /// Where the model runs and keeps its cache: cpu, cuda, or cuda:N for a GPU of several.
     #[arg(long, default_value = "cpu")]
-    device: Place,
+    pub device: Place,
     /// Type of weights and activations, unless they are quantized [default: f32, on a GPU bf16].
     #[arg(long, value_enum)]
-    dtype: Option<Float>,
+    pub dtype: Option<Float>,
     /// Make the weights of a GGUF file dense, in the type of --dtype.
     #[arg(long)]
-    dequantize: bool,
+    pub dequantize: bool,
     /// Type of stored keys and values [default: f32, on a GPU bf16].
     #[arg(long, value_enum)]
-    kv_dtype: Option<KvType>,
+    pub kv_dtype: Option<KvType>,
     /// The most bytes a cache may take, such as 64MiB or 2GB [default: no limit; on a GPU what its longest context takes].
     #[arg(long, value_parser = bytes)]
-    kv_memory: Option<u64>,
+    pub kv_memory: Option<u64>,
     /// Allow contexts longer than the model was made for.
     #[arg(long)]
-    pub(crate) allow_long: bool,
+    pub allow_long: bool,
 }
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<Hosted> {
         let kv_dtype = self.kv_dtype.map(KvType::dtype);
-        let options = SessionOptions { kv_dtype, kv_bytes: self.kv_memory, max_tokens: None };
+        let options = SessionOptions { kv_dtype, kv_bytes: self.kv_memory, ..SessionOptions::default() };
         Ok(Hosted { lm: self.lm(self.dequantize)?, options })
     }
 

@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use kvpolicy::{
     Registry,
-    compare::{Subject, problems},
+    compare::problems,
     router::{Arm, ArmReport, Guard, Limits, Router, RouterConfig, Ticket, answer},
+    runtime::TextModel,
 };
 use kvpolicy_candle::{Hosted, TextStream};
 use rand::{SeedableRng, rngs::StdRng};

@@ -668,6 +668,24 @@ fn generate_prints_text_and_what_the_cache_held() {
     }
 }
 
+#[test]
+fn generate_gives_several_answers_that_hold_the_prompt_once() {
+    let bench = Bench::new();
+    let prompt = "one two three four ".repeat(20);
+    let args = ["--prompt", &prompt, "--n", "3", "--temperature", "2", "--max-tokens", "9", "--policy", "full"];
+    let run = |more: &[&str]| bench.run("generate", &[&args[..], more].concat());
+    let output = run(&[]);
+    let text = succeeded(&output);
+    let answers: Vec<&str> = text.split("--- ").skip(1).map(|part| part.split_once('\n').unwrap().1).collect();
+    assert_eq!(answers.len(), 3);
+    assert!(answers[0] != answers[1] && answers[1] != answers[2], "{text}");
+    assert_eq!(text, succeeded(&run(&[])), "the same seed");
+    assert_ne!(text, succeeded(&run(&["--seed", "5"])));
+    let summary = String::from_utf8_lossy(&output.stderr);
+    let times = summary.split("answers began in").nth(1).unwrap().split_whitespace().nth(2).unwrap();
+    assert!((1.0..2.0).contains(&times.parse::<f64>().unwrap()), "{summary}");
+}
+
 /// A build without CUDA says how to get one; a build with it names the device that is not there.
 #[test]
 fn a_device_that_cannot_be_had_is_named() {
@@ -738,6 +756,9 @@ fn bad_input_is_refused_with_its_reason() {
     generate(&[], &["--prompt"]);
     generate(&["--prompt-file", "bad.txt"], &["UTF-8"]);
     generate(&["--prompt", "x", "--kv-memory", "a lot"], &["a lot"]);
+    generate(&["--prompt", "x", "--n", "0"], &["n=0"]);
+    generate(&["--prompt", "x", "--n", "2"], &["n=2", "--temperature"]);
+    generate(&["--prompt", "x", "--temperature=-1"], &["temperature=-1"]);
     for (args, words) in [
         (&["compare", "--tasks", "ppl"][..], &["ppl", "--text"][..]),
         (&["compare", "--tasks", "poetry"], &["poetry", "recall"]),

@@ -14,10 +14,18 @@ struct AppendParams {
     const void *k, *v;       // element (token, head, i) at token * stride + head * head_dim + i
     const uint8_t *bits;     // [tokens, heads]; null unless OWN or PREVIOUS
     const float *scores;     // [tokens, heads]; null for zero
+    const float *key_factors; // [heads, head_dim]: keys are stored divided by these powers of two; null for none
     const Span *spans;
     const uint32_t *span_of; // [tokens]
     uint32_t k_stride, v_stride;
     uint32_t tokens, layer, marks;
+};
+
+struct MultiplyParams {
+    const __nv_bfloat16 *q;   // element (token, head, i) at token * q_stride + head * head_dim + i
+    __nv_bfloat16 *out;       // [tokens, q_heads, head_dim]
+    const float *key_factors; // [heads, head_dim]
+    uint32_t q_stride, width, head_dim, group;
 };
 
 namespace {
@@ -45,25 +53,28 @@ template <typename T> __device__ void copy(T *to, const T *from, uint32_t n) {
     }
 }
 
-// A warp stores one head of one token in 8 bits; returns the biased exponent.
-template <typename E> __device__ uint32_t encode(E *to, const __nv_bfloat16 *from, uint32_t n) {
+// A warp stores one head of one token in 8 bits, divided by `factors` if there are any; returns the biased exponent.
+template <typename E> __device__ uint32_t encode(E *to, const __nv_bfloat16 *from, uint32_t n, const float *factors) {
+    auto component = [&](uint32_t i) { return factors ? to_float(from[i]) / factors[i] : to_float(from[i]); };
     float largest = 0.0f;
-    for (uint32_t i = threadIdx.x % 32; i < n; i += 32) largest = fmaxf(largest, fabsf(to_float(from[i])));
+    for (uint32_t i = threadIdx.x % 32; i < n; i += 32) largest = fmaxf(largest, fabsf(component(i)));
     // Floats that are not negative are in the order of their bits.
     uint32_t exponent = exponent_of<E>(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest))));
     float divide = power(254 - exponent);
     for (uint32_t i = threadIdx.x % 32; i < n; i += 32) {
-        narrow(to[i], to_float(from[i]) * divide);
+        narrow(to[i], component(i) * divide);
     }
     return exponent;
 }
 
 // Stores key and value.
 template <typename E>
-__device__ void put(const Store &store, size_t entry, const typename Beside<E>::T *k, const typename Beside<E>::T *v) {
+__device__ void put(const Store &store, size_t entry, const typename Beside<E>::T *k, const typename Beside<E>::T *v,
+                    const float *key_factors) {
     E *to_k = (E *)store.k + entry * store.head_dim, *to_v = (E *)store.v + entry * store.head_dim;
     if constexpr (Beside<E>::SCALED) {
-        uint32_t of_key = encode(to_k, k, store.head_dim), of_value = encode(to_v, v, store.head_dim);
+        uint32_t of_key = encode(to_k, k, store.head_dim, key_factors);
+        uint32_t of_value = encode(to_v, v, store.head_dim, nullptr);
         if (threadIdx.x % 32 == 0) store.factor[entry] = of_key | of_value << 8;
     } else {
         copy(to_k, k, store.head_dim);
@@ -83,7 +94,8 @@ template <typename E> __device__ void append(const AppendParams &p) {
     uint32_t slot = target + j, pos = span.start + j;
     size_t entry = store.entry(row, slot);
     put<E>(store, entry, (const T *)p.k + (size_t)token * p.k_stride + head * store.head_dim,
-           (const T *)p.v + (size_t)token * p.v_stride + head * store.head_dim);
+           (const T *)p.v + (size_t)token * p.v_stride + head * store.head_dim,
+           p.key_factors ? p.key_factors + head * store.head_dim : nullptr);
     if (threadIdx.x % 32 != 0) return;
     store.tag[entry] = pos | (marked(p, span, j, head) ? MARK : 0);
     store.score[entry] = p.scores ? p.scores[(size_t)token * store.heads + head] : 0.0f;
@@ -106,3 +118,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) append_bf16(const Appen
 }
 extern "C" __global__ void __launch_bounds__(WARPS * 32) append_fp8(const AppendParams p) { append<Fp8>(p); }
 extern "C" __global__ void __launch_bounds__(WARPS * 32) append_int8(const AppendParams p) { append<Int8>(p); }
+
+// Queries for keys that were stored divided: the same products. A thread a component, exact but for overflow.
+extern "C" __global__ void __launch_bounds__(256) multiply_queries(const MultiplyParams p) {
+    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
+    if (i >= p.width) return;
+    const float factor = p.key_factors[i / (p.head_dim * p.group) * p.head_dim + i % p.head_dim];
+    const float q = to_float(p.q[(size_t)token * p.q_stride + i]);
+    p.out[(size_t)token * p.width + i] = from_float<__nv_bfloat16>(q * factor);
+}

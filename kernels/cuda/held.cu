@@ -28,6 +28,7 @@ struct GatherParams {
     ListedRows rows;
     const void *plane; // the store's keys or values
     float *out;        // [listed, heads, max_len, head_dim]
+    const float *key_factors; // [heads, head_dim] that stored components are multiplied by; null for none
     uint32_t values;   // the plane is the values'
 };
 
@@ -44,6 +45,13 @@ struct ScatterParams {
     const float *dense; // [rows, max_len], oldest entry first
     float *out;         // [rows, max_len], in slot order
     uint32_t max_len;
+};
+
+struct PositionsParams {
+    Store store;
+    uint32_t *out; // in slot order
+    uint32_t row;
+    uint32_t len; // of the row
 };
 
 namespace {
@@ -114,6 +122,11 @@ template <typename E, int W> __device__ void gather(const GatherParams &p) {
         Piece<float, W> wide;
 #pragma unroll
         for (int e = 0; e < W; e++) wide.x[e] = slot[j] == NONE ? 0.0f : to_float(held[j].x[e]) * factor;
+        if (p.key_factors) {
+            const float *own = p.key_factors + listed % rows.store.heads * rows.store.head_dim + i % pieces * W;
+#pragma unroll
+            for (int e = 0; e < W; e++) wide.x[e] *= own[e];
+        }
         out[i] = wide;
     }
 }
@@ -187,4 +200,10 @@ extern "C" __global__ void scatter(const __grid_constant__ ScatterParams p) {
     const size_t row = (size_t)blockIdx.y * p.max_len;
     const uint32_t slot = p.order[row + place];
     if (slot != NONE) p.out[row + slot] = p.dense[row + place];
+}
+
+// A thread an entry of one row.
+extern "C" __global__ void positions(const __grid_constant__ PositionsParams p) {
+    const uint32_t slot = blockIdx.x * blockDim.x + threadIdx.x;
+    if (slot < p.len) p.out[slot] = p.store.tag[p.store.entry(p.row, slot)] & ~MARK;
 }

@@ -1,7 +1,8 @@
 // Once per step, before anything is written: where each row's new tokens go, which pages they need, and who walks which
 // part of the rows in decode attention. The host knows none of the lengths.
 #include "block.cuh"
-#include "store.cuh"
+#include "give.cuh"
+#include "shared.cuh"
 #include "work.cuh"
 
 // What a plan must know of a layer beside the store.
@@ -13,6 +14,7 @@ struct LayerPlan {
 
 struct PlanParams {
     Store store;
+    Sharing sharing;
     const Span *spans;
     const LayerPlan *layers; // [layers]
     uint32_t span_count;
@@ -62,12 +64,31 @@ struct Grower {
     }
 };
 
+// The shared page that a slot is in, other than `but`; NONE if it is the row's alone or there is no such page yet.
+__device__ uint32_t shared_page(const PlanParams &p, uint32_t row, uint32_t slot, uint32_t but) {
+    uint32_t index = slot >> p.store.page_shift;
+    if (slot == NONE || index >= p.store.owned[row]) return NONE;
+    uint32_t page = p.store.table[(size_t)row * p.store.max_pages + index];
+    return page != but && p.sharing.more[page] > 0 ? page : NONE;
+}
+
+// Finds the shared pages that this step writes to: that of the first new token, since those after it are new, and that of
+// the newest entry, which this step may mark. Returns how many there are.
+__device__ uint32_t choose_copies(const PlanParams &p, uint32_t row) {
+    uint32_t *own = p.sharing.own + 2 * row;
+    own[0] = shared_page(p, row, p.store.target[row], NONE);
+    own[1] = shared_page(p, row, p.store.newest[row], own[0]);
+    return (own[0] != NONE) + (own[1] != NONE);
+}
+
 // Chooses the target of every row and adds up the pages each span needs.
 __device__ void choose_targets(const Grower &g, const Shared &shared) {
     for (uint32_t i = threadIdx.x; i < g.rows; i += THREADS) {
         uint32_t s = g.span_of(i), row = g.row_of(i), len = g.p.store.len[row];
         uint32_t reuse = g.reusable(i, row, len);
         g.p.store.target[row] = reuse != NONE ? reuse : len;
+        uint32_t copies = g.p.sharing.more ? choose_copies(g.p, row) : 0;
+        if (copies > 0) atomicAdd(&shared.need[s], (unsigned long long)copies);
         if (reuse != NONE) continue;
         uint32_t pages = g.pages_for(len + g.p.spans[s].len), owned = g.p.store.owned[row];
         if (pages > g.p.store.max_pages) atomicAdd(&shared.need[s], 1ull << 40); // no pool is that large
@@ -116,20 +137,25 @@ __device__ void grant(const Grower &g, const Shared &shared, uint32_t first, uin
     }
 }
 
-// Gives back every page of a sequence, all layers; its rows are empty then. `top`: the free stack's height, shared.
-__device__ void give_back(const Store &store, uint32_t seat, uint32_t *top) {
-    uint32_t rows = store.layers * store.heads, lost = 0;
-    for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x) {
-        uint32_t row = store.row(i / store.heads, seat, i % store.heads);
-        uint32_t owned = store.owned[row], at = atomicAdd(top, owned);
-        for (uint32_t j = 0; j < owned; j++) store.free_pages[at + j] = store.table[(size_t)row * store.max_pages + j];
-        lost += store.len[row];
-        store.len[row] = store.owned[row] = 0;
-        store.newest[row] = store.target[row] = NONE;
+// Puts new pages in the place of the shared ones, in the rows of spans that have room.
+__device__ void claim_copies(const Grower &g, const Shared &shared) {
+    const Store &store = g.p.store;
+    for (uint32_t i = threadIdx.x; i < 2 * g.rows; i += THREADS) {
+        uint32_t s = g.span_of(i / 2), row = g.row_of(i / 2);
+        uint32_t old = g.p.sharing.own[2 * row + i % 2];
+        if (shared.base[s] == NONE || old == NONE) continue;
+        uint32_t slot = i % 2 ? store.newest[row] : store.target[row];
+        uint32_t page = store.free_pages[shared.base[s] - 1 - atomicAdd(&shared.taken[s], 1u)];
+        store.table[(size_t)row * store.max_pages + (slot >> store.page_shift)] = page;
+        g.p.sharing.copy(old, page);
     }
-    lost = sum_over_warp(lost);
-    if (threadIdx.x % 32 == 0) {
-        atomicAdd((unsigned long long *)&store.counters->live, (unsigned long long)-(long long)lost);
+}
+
+// Lets go of what `claim_copies` replaced, once every new page is known: both use the top of the free stack.
+__device__ void let_go_of_copied(const Grower &g, uint32_t *top) {
+    const Sharing &sharing = g.p.sharing;
+    for (uint32_t i = threadIdx.x; i < *sharing.copy_count; i += THREADS) {
+        let_go(g.p.store, sharing, sharing.copies[i].from, top);
     }
 }
 
@@ -177,9 +203,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan(const PlanParams p) {
                 shared.base[until] = NONE;
             }
             __syncthreads();
-            give_back(p.store, p.spans[until].seat, &available);
+            give_back(p.store, p.sharing, p.spans[until].seat, &available);
             __syncthreads();
         }
+    }
+    if (p.sharing.more) {
+        if (threadIdx.x == 0) *p.sharing.copy_count = 0;
+        __syncthreads();
+        claim_copies(g, shared);
+        __syncthreads();
+        let_go_of_copied(g, &available);
+        __syncthreads();
     }
     // Rows of a dropped sequence take nothing.
     for (uint32_t i = threadIdx.x; i < g.rows; i += THREADS) {

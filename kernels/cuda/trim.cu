@@ -7,7 +7,7 @@
 // Dropped entries below the new length are holes, kept ones above it are movers; the k-th hole takes the k-th mover. So
 // few entries move, and where they go depends on no timing.
 #include "block.cuh"
-#include "store.cuh"
+#include "shared.cuh"
 
 // A budget that the heads of a sequence share.
 struct PooledBudget {
@@ -421,6 +421,14 @@ __device__ void give_pages(const Store &store, uint32_t row, uint32_t len) {
     if (threadIdx.x == 0) store.owned[row] = kept; // everyone read it before the barrier
 }
 
+// The same of a row that may share its pages, all of them.
+__device__ void let_go_of_row(const Store &store, const Sharing &sharing, uint32_t row) {
+    const uint32_t owned = store.owned[row], *page = store.table + (size_t)row * store.max_pages;
+    for (uint32_t i = threadIdx.x; i < owned; i += blockDim.x) let_go(store, sharing, page[i], &store.counters->free);
+    __syncthreads();
+    if (threadIdx.x == 0) store.owned[row] = 0;
+}
+
 // Sets the cut of open rows and counts what it takes from each.
 __device__ void take(const Rows &rows, const Cut &cut) {
     rows.count([&](uint64_t rank) { return rank != DEAD && rank < cut.below; });
@@ -511,6 +519,7 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const __grid_constant_
 
 struct VacateParams {
     Store store;
+    Sharing sharing;
     uint32_t seat;
 };
 
@@ -518,7 +527,8 @@ struct VacateParams {
 extern "C" __global__ void vacate(const __grid_constant__ VacateParams p) {
     const Store &store = p.store;
     const uint32_t row = store.row(blockIdx.y, p.seat, blockIdx.x);
-    give_pages(store, row, 0);
+    if (p.sharing.more) let_go_of_row(store, p.sharing, row);
+    else give_pages(store, row, 0);
     if (threadIdx.x != 0) return;
     uint32_t len = store.len[row];
     if (len > 0) atomicAdd((unsigned long long *)&store.counters->live, (unsigned long long)-(long long)len);

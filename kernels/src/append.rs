@@ -1,4 +1,4 @@
-//! Launcher of `cuda/append.cu`.
+//! Launchers of `cuda/append.cu`.
 
 use crate::{
     Dtype, Kernels, Ring, Store,
@@ -39,6 +39,8 @@ pub struct AppendParams {
     pub bits: Address,
     /// First scores, f32 `[tokens, heads]`; 0 for zeros.
     pub scores: Address,
+    /// f32 `[heads, head_dim]`: powers of two that keys are divided by before they are stored in 8 bits; 0 for none.
+    pub key_factors: Address,
     /// Spans of the step.
     pub spans: Address,
     /// u32 `[tokens]`: each token's span.
@@ -55,7 +57,27 @@ pub struct AppendParams {
     pub marks: Marks,
 }
 
-device_repr!(AppendParams);
+/// See [`Kernels::multiply_queries`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct MultiplyParams {
+    /// bf16: element (token, head, i) at `token * q_stride + head * head_dim + i`.
+    pub q: Address,
+    /// Out: bf16 `[tokens, q_heads, head_dim]`.
+    pub out: Address,
+    /// As in [`AppendParams`].
+    pub key_factors: Address,
+    /// Elements from token to token.
+    pub q_stride: u32,
+    /// `q_heads * head_dim`.
+    pub width: u32,
+    /// Components of a head.
+    pub head_dim: u32,
+    /// Query heads of a KV head.
+    pub group: u32,
+}
+
+device_repr!(AppendParams, MultiplyParams);
 
 impl Kernels {
     /// Writes a step's tokens where [`Kernels::plan`] said.
@@ -67,5 +89,19 @@ impl Kernels {
         let launch = Launch { grid: (blocks, 1, 1), threads: WARPS * 32, shared: 0 };
         // SAFETY: the caller's.
         unsafe { self.launch(stream, ("append", &format!("append_{}", dtype.suffix())), launch, params) }
+    }
+    /// Multiplies queries by what keys were divided by.
+    ///
+    /// # Safety
+    /// Every address is good and of the size its field says.
+    pub unsafe fn multiply_queries(
+        &self,
+        stream: &CudaStream,
+        tokens: u32,
+        params: &MultiplyParams,
+    ) -> Result<(), DriverError> {
+        let launch = Launch { grid: (params.width.div_ceil(256), tokens, 1), threads: 256, shared: 0 };
+        // SAFETY: the caller's.
+        unsafe { self.launch(stream, ("append", "multiply_queries"), launch, params) }
     }
 }

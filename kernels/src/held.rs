@@ -52,6 +52,8 @@ pub struct GatherParams {
     pub plane: Address,
     /// Out: f32 `[listed, heads, max_len, head_dim]`.
     pub out: Address,
+    /// f32 `[heads, head_dim]`: what stored components are to be multiplied by; 0 for nothing.
+    pub key_factors: Address,
     /// 1 if the plane is the values'.
     pub values: u32,
 }
@@ -84,7 +86,21 @@ pub struct ScatterParams {
     pub max_len: u32,
 }
 
-device_repr!(ListedRows, OrderParams, GatherParams, LanesParams, ScatterParams);
+/// See [`Kernels::positions`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct PositionsParams {
+    /// The store.
+    pub store: Store,
+    /// Out: u32 `[len]`, in slot order.
+    pub out: Address,
+    /// Index of the row.
+    pub row: u32,
+    /// Its entries.
+    pub len: u32,
+}
+
+device_repr!(PositionsParams, ListedRows, OrderParams, GatherParams, LanesParams, ScatterParams);
 
 /// Shared memory of `order` in bytes: a bit a position, and a count every 64.
 fn order_shared(seen: u32) -> u32 {
@@ -132,6 +148,16 @@ impl Kernels {
         let launch = Launch { grid: (params.rows.max_len.div_ceil(THREADS), rows, 1), threads: THREADS, shared: 0 };
         // SAFETY: the caller's.
         unsafe { self.launch(stream, ("held", "lanes"), launch, params) }
+    }
+
+    /// Copies the positions of one row.
+    ///
+    /// # Safety
+    /// Every address is good and of the size its field says.
+    pub unsafe fn positions(&self, stream: &CudaStream, params: &PositionsParams) -> Result<(), DriverError> {
+        let launch = Launch { grid: (params.len.div_ceil(THREADS), 1, 1), threads: THREADS, shared: 0 };
+        // SAFETY: the caller's.
+        unsafe { self.launch(stream, ("held", "positions"), launch, params) }
     }
 
     /// Brings numbers given oldest entry first into slot order; `rows`: of the tensor.

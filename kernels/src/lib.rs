@@ -8,6 +8,7 @@
 mod append;
 mod attend;
 mod bench;
+mod fork;
 mod held;
 mod losses;
 mod mass;
@@ -21,9 +22,10 @@ mod store;
 mod train;
 mod trim;
 
-pub use append::{AppendParams, Marks};
+pub use append::{AppendParams, Marks, MultiplyParams};
 pub use attend::{DecodeParams, DecodeShape, FAST_HEAD_DIMS, PlainParams};
-pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, ScatterParams};
+pub use fork::{CopyPagesParams, ForkParams, UnshareParams};
+pub use held::{GatherParams, LanesParams, ListedRows, OrderParams, PositionsParams, ScatterParams};
 pub use losses::{CrossEntropy, Distil};
 pub use mass::{MASS_TILE, MassParams};
 pub use model::{AddBias, Argmax, Draw, Fill, Gate, Heads, Matvec, RmsNorm, SiluMul, Threshold};
@@ -32,6 +34,6 @@ pub use observe::ObserveParams;
 pub use plan::{BlockWork, LayerPlan, PlanParams, RowWork, ScheduleParams};
 pub use prefill::{PrefillParams, PrefillShape};
 pub use soft::{Soft, SoftBackward, SoftForward};
-pub use store::{Address, Counters, Protect, Ring, Span, Store};
+pub use store::{Address, Counters, Protect, Ring, Sharing, Span, Store};
 pub use train::{RmsNormBackward, RmsNormWeight, SiluMulBackward};
 pub use trim::{PooledBudget, TrimParams, UNLIMITED};

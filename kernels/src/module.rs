@@ -76,6 +76,7 @@ impl Kernels {
             "append",
             "bench",
             "decode",
+            "fork",
             "held",
             "losses",
             "mass",

@@ -1,7 +1,7 @@
 //! Launchers of `cuda/plan.cu`: once per step.
 
 use crate::{
-    Kernels, Ring, Store,
+    Kernels, Ring, Sharing, Store,
     module::Launch,
     store::{Address, device_repr},
 };
@@ -27,6 +27,8 @@ pub struct LayerPlan {
 pub struct PlanParams {
     /// The store.
     pub store: Store,
+    /// Pages that sequences share: those that the step writes to are replaced, and [`Kernels::copy_pages`] is to follow.
+    pub sharing: Sharing,
     /// `[span_count]` [`Span`](crate::Span).
     pub spans: Address,
     /// `[layers]` [`LayerPlan`].

@@ -53,6 +53,17 @@ impl Store {
     }
 }
 
+/// Pages that several sequences hold; all 0 while there are none.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+#[allow(missing_docs)] // see shared.cuh
+pub struct Sharing {
+    pub more: Address,
+    pub own: Address,
+    pub copies: Address,
+    pub copy_count: Address,
+}
+
 /// Where the newest positions of a layer's rows are.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]

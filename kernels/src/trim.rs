@@ -1,7 +1,7 @@
 //! Launchers of `cuda/trim.cu`: what is dropped, and packing what stays.
 
 use crate::{
-    Dtype, Kernels, Protect, Ring, Store,
+    Dtype, Kernels, Protect, Ring, Sharing, Store,
     module::Launch,
     store::{Address, device_repr},
 };
@@ -65,6 +65,7 @@ impl TrimParams {
 #[derive(Debug, Clone, Copy)]
 struct VacateParams {
     store: Store,
+    sharing: Sharing,
     seat: u32,
 }
 
@@ -97,13 +98,19 @@ impl Kernels {
         unsafe { self.launch(stream, ("trim", "settle"), launch, params) }
     }
 
-    /// Gives back every page of a sequence; its rows are empty then and its failure is forgotten.
+    /// Gives back every page of a sequence that no other holds; its rows are empty then and its failure is forgotten.
     ///
     /// # Safety
-    /// The store's addresses are good.
-    pub unsafe fn vacate(&self, stream: &CudaStream, store: Store, seat: u32) -> Result<(), DriverError> {
+    /// The addresses of both are good.
+    pub unsafe fn vacate(
+        &self,
+        stream: &CudaStream,
+        store: Store,
+        sharing: Sharing,
+        seat: u32,
+    ) -> Result<(), DriverError> {
         let launch = Launch { grid: (store.heads, store.layers, 1), threads: 64, shared: 0 };
         // SAFETY: the caller's.
-        unsafe { self.launch(stream, ("trim", "vacate"), launch, &VacateParams { store, seat }) }
+        unsafe { self.launch(stream, ("trim", "vacate"), launch, &VacateParams { store, sharing, seat }) }
     }
 }

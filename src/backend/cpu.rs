@@ -15,7 +15,7 @@ use crate::{
     backend::{Attention, Backend, Capture, Storage, Tap},
     error::{Error, Result},
     policy::{Budget, Evict, Held, Needs, NewTokens, Protect, Score, Verdict},
-    spec::{Lag, ModelSpec},
+    spec::{KeyRange, Lag, ModelSpec},
     stats::Usage,
     step::{SeqId, Span},
 };
@@ -23,7 +23,7 @@ use candle_core::{DType, Device, Tensor};
 use element::{Element, Fp8, Int8};
 use half::{bf16, f16};
 use moments::Accumulator;
-use pool::{Entry, Pool};
+use pool::{Entry, Full, Pool};
 use row::Row;
 use std::collections::{HashMap, VecDeque};
 
@@ -74,6 +74,8 @@ struct Sequence {
 #[derive(Debug)]
 struct Cpu<E> {
     spec: ModelSpec,
+    /// Of each component of a key, in 8 bits; else none: `[layers, kv_heads, head_dim]`.
+    key_factors: Option<Vec<f32>>,
     pool: Pool<E>,
     needs: Vec<Needs>,
     sequences: HashMap<SeqId, Sequence>,
@@ -88,6 +90,7 @@ impl<E: Element> Cpu<E> {
     fn new(spec: &ModelSpec, config: &CpuConfig) -> Result<Self> {
         Ok(Self {
             spec: spec.clone(),
+            key_factors: spec.key_range.as_ref().filter(|_| E::SCALED).map(KeyRange::factors),
             pool: Pool::new(spec.head_dim, config.page_size, config.limit_bytes)?,
             needs: vec![Needs::default(); spec.layers],
             sequences: HashMap::new(),
@@ -96,6 +99,12 @@ impl<E: Element> Cpu<E> {
             written: 0,
             evicted: 0,
         })
+    }
+
+    /// What the stored components of a head's keys are to be multiplied by, `[head_dim]`.
+    fn key_factors(&self, layer: usize, head: usize) -> Option<&[f32]> {
+        let d = self.spec.head_dim;
+        Some(&self.key_factors.as_ref()?[(layer * self.spec.kv_heads + head) * d..][..d])
     }
 
     fn row(&self, layer: usize, seq: SeqId, head: usize) -> Option<&Row> {
@@ -124,6 +133,12 @@ impl<E: Element> Cpu<E> {
         (self.live, self.evicted) = (self.live - dropped, self.evicted + dropped);
     }
 
+    /// A sequence that finds no page goes whole.
+    fn drop_for(&mut self, seq: SeqId, error: Error) {
+        self.release(seq);
+        self.failures.insert(seq, Some(error));
+    }
+
     fn append_span(
         &mut self,
         layer: usize,
@@ -139,6 +154,7 @@ impl<E: Element> Cpu<E> {
             let (token, pos) = (first + i, span.start + i as u32);
             for head in 0..heads {
                 let row = &mut sequence.rows[layer * heads + head];
+                let full = exhausted(span.seq, layer, pos);
                 let at = token * heads + head;
                 let own = match tokens.marks {
                     Marks::Never => false,
@@ -146,7 +162,7 @@ impl<E: Element> Cpu<E> {
                     Marks::Bits(ref bits, Lag::Own) => bits[at] != 0,
                     Marks::Bits(ref bits, Lag::Previous) => {
                         if bits[at] != 0 {
-                            row.mark_newest(&mut self.pool, protect);
+                            row.mark_newest(&mut self.pool, protect).map_err(&full)?;
                         }
                         false
                     }
@@ -159,12 +175,7 @@ impl<E: Element> Cpu<E> {
                     score: tokens.scores.as_ref().map_or(0.0, |s| s[at]),
                 };
                 let before = row.len();
-                row.write(&mut self.pool, &entry, span.start, protect).map_err(|full| Error::PoolExhausted {
-                    seq: span.seq,
-                    layer,
-                    position: pos,
-                    limit: full.limit,
-                })?;
+                row.write(&mut self.pool, &entry, span.start, protect).map_err(full)?;
                 let reused = (row.len() == before) as u64;
                 self.written += 1;
                 self.evicted += reused;
@@ -173,6 +184,11 @@ impl<E: Element> Cpu<E> {
         }
         Ok(())
     }
+}
+
+/// What a sequence that finds no page is dropped for.
+fn exhausted(seq: SeqId, layer: usize, position: u32) -> impl Fn(Full) -> Error {
+    move |full| Error::PoolExhausted { seq, layer, position, limit: full.limit }
 }
 
 /// New tokens as slices.
@@ -230,14 +246,18 @@ impl<E: Element> Storage for Cpu<E> {
         verdict: &Verdict,
         protect: Protect,
     ) -> Result<()> {
-        let tokens = Tokens::read(new, verdict)?;
+        let mut tokens = Tokens::read(new, verdict)?;
+        if let Some(factors) = &self.key_factors {
+            let width = self.spec.kv_heads * self.spec.head_dim;
+            let factors = factors[layer * width..][..width].iter().cycle();
+            tokens.k.iter_mut().zip(factors).for_each(|(k, factor)| *k /= factor);
+        }
         for (first, span) in offsets(spans) {
             if self.failures.contains_key(&span.seq) {
                 continue;
             }
             if let Err(error) = self.append_span(layer, span, first, &tokens, protect) {
-                self.release(span.seq);
-                self.failures.insert(span.seq, Some(error));
+                self.drop_for(span.seq, error);
             }
         }
         Ok(())
@@ -311,6 +331,37 @@ impl<E: Element> Storage for Cpu<E> {
         Ok(Box::new(held::Gathered::new(self, layer, spans)))
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, share: &[bool]) -> Result<()> {
+        let (heads, mut rows) = (self.spec.kv_heads, vec![]);
+        let Some(parent) = self.sequences.get(&from) else { return Ok(()) };
+        for (i, row) in parent.rows.iter().enumerate() {
+            match row.fork(&mut self.pool, share[i / heads]) {
+                Ok(row) => rows.push(row),
+                Err(full) => {
+                    rows.into_iter().for_each(|row| row.free(&mut self.pool));
+                    let position = parent.rows.iter().map(Row::len).max().unwrap_or(0) as u32;
+                    return Err(exhausted(from, i / heads, position)(full));
+                }
+            }
+        }
+        self.live += rows.iter().map(|row| row.len() as u64).sum::<u64>();
+        let (queries, moments) = (parent.queries.clone(), parent.moments.clone());
+        self.sequences.insert(to, Sequence { rows, queries, moments });
+        Ok(())
+    }
+
+    fn unshare(&mut self, layer: usize, spans: &[Span]) -> Result<()> {
+        for span in spans {
+            let heads = self.spec.kv_heads;
+            let Some(sequence) = self.sequences.get_mut(&span.seq) else { continue };
+            let mut rows = sequence.rows[layer * heads..][..heads].iter_mut();
+            if let Err(full) = rows.try_for_each(|row| row.unshare(&mut self.pool)) {
+                self.drop_for(span.seq, exhausted(span.seq, layer, span.start)(full));
+            }
+        }
+        Ok(())
+    }
+
     fn release(&mut self, seq: SeqId) {
         self.failures.remove(&seq);
         let Some(sequence) = self.sequences.remove(&seq) else { return };
@@ -340,6 +391,12 @@ impl<E: Element> Storage for Cpu<E> {
             evicted: self.evicted,
             dense_bytes_per_token: (self.spec.layers * self.spec.kv_heads * kv) as u64,
         }
+    }
+
+    fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        let page = self.usage().page_entries as usize;
+        let lens = sequences.iter().flat_map(|&seq| (0..self.spec.layers).flat_map(move |layer| self.live(layer, seq)));
+        lens.filter(|len| len.is_multiple_of(page)).count() as u64
     }
 
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {

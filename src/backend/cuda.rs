@@ -8,6 +8,7 @@
 //! slot, so after the append no row holds a dead entry.
 
 mod attend;
+mod fork;
 mod graph;
 mod held;
 mod memory;
@@ -25,7 +26,9 @@ use crate::{
 use attend::DecodeScratch;
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaSlice, CudaStream, DriverError};
-use kvpolicy_kernels::{self as kernels, AppendParams, Dtype, Kernels, LayerPlan, Marks, PlanParams, Ring};
+use kvpolicy_kernels::{
+    self as kernels, AppendParams, Dtype, Kernels, LayerPlan, Marks, MultiplyParams, PlanParams, Ring,
+};
 use memory::{Control, Layout, Memory, Readback, Staging, address, scratch, zeros};
 pub(crate) use memory::{output, tensor_address};
 use std::{collections::HashMap, sync::Arc};
@@ -99,6 +102,8 @@ struct Seat {
     /// The most entries a row of each layer may hold now.
     bounds: Vec<u32>,
     observed: Vec<observe::Observed>,
+    /// Another sequence may hold some of its pages.
+    shares: bool,
     /// The host knows that it was dropped.
     dropped: bool,
 }
@@ -126,6 +131,9 @@ struct Cuda {
     memory: Memory,
     layers: Vec<Layer>,
     layer_plans: CudaSlice<LayerPlan>,
+    /// As [`KeyRange::factors`](crate::KeyRange::factors), for a store of 8 bits.
+    key_factors: Option<CudaSlice<f32>>,
+    shared: Option<fork::Shared>,
     seats: HashMap<SeqId, Seat>,
     free_seats: Vec<u32>,
     max_entries: usize,
@@ -185,6 +193,8 @@ impl Cuda {
             device: device.clone(),
             layers: (0..spec.layers).map(|_| Layer::default()).collect(),
             layer_plans: zeros(&stream, spec.layers)?,
+            key_factors: key_factors(spec, dtype, &stream)?,
+            shared: None,
             seats: HashMap::new(),
             free_seats: (0..seats as u32).rev().collect(),
             staging: Staging::new(&stream),
@@ -231,7 +241,8 @@ impl Cuda {
             what: format!("finds no place: max_sequences={all} sequences hold entries; release one or raise it"),
         })?;
         let observed = (0..self.spec.layers).map(|_| observe::Observed::default()).collect();
-        self.seats.insert(seq, Seat { index, bounds: vec![0; self.spec.layers], observed, dropped: false });
+        self.seats
+            .insert(seq, Seat { index, bounds: vec![0; self.spec.layers], observed, shares: false, dropped: false });
         Ok(index)
     }
 
@@ -265,6 +276,7 @@ impl Cuda {
         }
         let params = PlanParams {
             store: self.memory.store,
+            sharing: self.sharing(),
             spans: self.control().spans(),
             layers: address(&self.layer_plans),
             span_count: self.current.spans.len() as u32,
@@ -272,7 +284,8 @@ impl Cuda {
             layer_count: layers as u32,
         };
         // SAFETY: addresses of memory that this owns, the spans just uploaded.
-        unsafe { self.kernels.plan(&self.stream, &params) }.map_err(driver("planning a step"))
+        unsafe { self.kernels.plan(&self.stream, &params) }.map_err(driver("planning a step"))?;
+        self.copy_pages()
     }
 
     /// Prepares a layer for marks of this kind: a ring for its window, and the age at which marked entries give way.
@@ -311,6 +324,35 @@ impl Cuda {
         Ok(Strided { address: tensor_address(&tensor)?, stride, _tensor: tensor })
     }
 
+    /// What a layer's keys are divided by, f32 `[kv_heads, head_dim]`; 0 for nothing.
+    fn key_factors(&self, layer: usize) -> kernels::Address {
+        let bytes = 4 * layer * self.spec.kv_heads * self.spec.head_dim;
+        self.key_factors.as_ref().map_or(0, |factors| address(factors) + bytes as u64)
+    }
+
+    /// Queries for keys that were divided; the same where none are.
+    fn multiplied(&self, layer: usize, q: Strided) -> Result<Strided> {
+        let (key_factors, tokens) = (self.key_factors(layer), self.current.tokens);
+        if key_factors == 0 {
+            return Ok(q);
+        }
+        let ModelSpec { q_heads, head_dim, .. } = self.spec;
+        let (out, width) = (output(&[tokens, q_heads, head_dim], self.beside(), &self.device)?, q_heads * head_dim);
+        let params = MultiplyParams {
+            q: q.address,
+            out: tensor_address(&out)?,
+            key_factors,
+            q_stride: q.stride,
+            width: width as u32,
+            head_dim: head_dim as u32,
+            group: self.spec.group() as u32,
+        };
+        // SAFETY: `out` has the shape, and there is a factor for each component of a layer's keys.
+        unsafe { self.kernels.multiply_queries(&self.stream, tokens as u32, &params) }
+            .map_err(driver("multiplying queries"))?;
+        Ok(Strided { address: tensor_address(&out)?, stride: width as u32, _tensor: out })
+    }
+
     /// Whether the kernels that read 4 bytes at a time can read these heads.
     fn even(heads: &Strided) -> bool {
         heads.address.is_multiple_of(16) && heads.stride.is_multiple_of(8)
@@ -344,6 +386,12 @@ fn element(dtype: DType) -> Dtype {
         DType::BF16 => Dtype::Bf16,
         _ => Dtype::F32,
     }
+}
+
+/// On the device what [`KeyRange::factors`](crate::KeyRange::factors) says, where the store has a use for it.
+fn key_factors(spec: &ModelSpec, dtype: DType, stream: &Arc<CudaStream>) -> Result<Option<CudaSlice<f32>>> {
+    let factors = spec.key_range.as_ref().filter(|_| dtype.size_in_bytes() == 1).map(|range| range.factors());
+    factors.map(|factors| stream.clone_htod(&factors).map_err(driver("uploading factors"))).transpose()
 }
 
 fn device_protect(protect: Protect) -> kernels::Protect {
@@ -463,6 +511,7 @@ impl Storage for Cuda {
             v: v.address,
             bits: bits.as_ref().map_or(Ok(0), tensor_address)?,
             scores: scores.as_ref().map_or(Ok(0), tensor_address)?,
+            key_factors: self.key_factors(layer),
             spans: self.control().spans(),
             span_of: self.control().span_of(),
             k_stride: k.stride,
@@ -514,10 +563,20 @@ impl Storage for Cuda {
         Ok(Box::new(held::Gathered::new(self, layer, spans)))
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, share: &[bool]) -> Result<()> {
+        self.fork_sequence(from, to, share)
+    }
+
+    fn unshare(&mut self, layer: usize, spans: &[Span]) -> Result<()> {
+        self.unshare_layer(layer, spans)
+    }
+
     fn release(&mut self, seq: SeqId) {
+        let sharing = self.sharing();
         let Some(seat) = self.seats.remove(&seq) else { return };
         // SAFETY: the store's own addresses. A launch that fails says so at the next call that can return an error.
-        let launched = unsafe { self.kernels.vacate(&self.stream, self.memory.store, seat.index) };
+        let launched = unsafe { self.kernels.vacate(&self.stream, self.memory.store, sharing, seat.index) };
+        self.forget_last_sharer();
         if launched.is_ok() {
             self.readback.failed[seat.index as usize] = 0;
             self.free_seats.push(seat.index);
@@ -540,6 +599,7 @@ impl Storage for Cuda {
     }
 
     fn wait(&mut self) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(driver("choosing the device"))?; // whoever asks
         self.readback.wait(&self.memory)
     }
 
@@ -562,16 +622,29 @@ impl Storage for Cuda {
         }
     }
 
+    fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        let (store, seats) = (&self.memory.store, sequences.iter().filter_map(|&seq| self.seat_of(seq)));
+        let rows = (store.layers * store.seats * store.heads) as usize;
+        let Ok(lens) = self.memory.row_lens(&self.stream, 0, rows) else { return 0 }; // the device is lost, as the next launch says
+        let page = 1 << store.page_shift;
+        let full = |seat, layer| {
+            let first = store.row_index(layer, seat, 0);
+            lens[first..first + self.spec.kv_heads].iter().filter(|len| len.is_multiple_of(page)).count() as u64
+        };
+        seats.map(|seat| (0..self.spec.layers).map(|layer| full(seat, layer)).sum::<u64>()).sum()
+    }
+
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
         let Some(seat) = self.seat_of(seq) else { return vec![0; self.spec.kv_heads] };
-        let row = |head| self.memory.store.row_index(layer, seat, head);
-        (0..self.spec.kv_heads).map(|head| self.memory.row_len(&self.stream, row(head)).unwrap_or(0)).collect()
+        let (first, heads) = (self.memory.store.row_index(layer, seat, 0), self.spec.kv_heads);
+        let lens = self.memory.row_lens(&self.stream, first, heads);
+        lens.map_or_else(|_| vec![0; heads], |lens| lens.into_iter().map(|len| len as usize).collect())
     }
 
     fn held_positions(&self, layer: usize, seq: SeqId, kv_head: usize) -> Vec<u32> {
         let Some(seat) = self.seat_of(seq) else { return vec![] };
         let row = self.memory.store.row_index(layer, seat, kv_head);
-        let mut positions = self.memory.row_positions(&self.stream, row).unwrap_or_default();
+        let mut positions = self.memory.row_positions(&self.kernels, &self.stream, row).unwrap_or_default();
         positions.sort_unstable();
         positions
     }

@@ -4,10 +4,9 @@ pub mod answer;
 pub mod program;
 mod read;
 
-use super::{Excerpts, Log, Sample, Task, retrieval::generate};
+use super::{Excerpts, Log, Next, Sample, Task, retrieval::generate};
 use crate::{
     error::{Error, Result},
-    logits::argmax,
     params::Param,
     spec::keyword_param,
 };
@@ -242,7 +241,7 @@ pub(super) fn run(texts: &Excerpts, benchmark: Benchmark, prompts: &[Vec<u32>], 
                 let mut sequence = texts.subject.open(&contender.policy)?;
                 // The same numbers for every contender.
                 let mut rng = StdRng::seed_from_u64(texts.rng(sample).random::<u64>().wrapping_add(repeat as u64));
-                let pick = |logits: &[f32]| draw(logits, temperature, &mut rng);
+                let pick = |next: &Next| draw(next, temperature, &mut rng);
                 let most = texts.context() - prompt.len();
                 let answer = generate(texts, &mut *sequence, prompt, most, pick, |_| Ok(false))?;
                 let text = texts.subject.decode(&answer)?;
@@ -263,10 +262,11 @@ pub(super) fn run(texts: &Excerpts, benchmark: Benchmark, prompts: &[Vec<u32>], 
 }
 
 /// A token of the distribution at a temperature; the most likely one at 0.
-fn draw(logits: &[f32], temperature: f64, rng: &mut StdRng) -> u32 {
+fn draw(next: &Next, temperature: f64, rng: &mut StdRng) -> Result<u32> {
     if temperature == 0.0 {
-        return argmax(logits);
+        return next.most_likely();
     }
+    let logits = next.logits()?;
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
     let weights: Vec<f64> = logits.iter().map(|&x| ((x as f64 - top) / temperature).exp()).collect();
     let mut left = rng.random::<f64>() * weights.iter().sum::<f64>();
@@ -275,7 +275,7 @@ fn draw(logits: &[f32], temperature: f64, rng: &mut StdRng) -> u32 {
         left < 0.0
     });
     // Rounding may leave nothing to draw from.
-    drawn.map_or_else(|| argmax(logits), |token| token as u32)
+    drawn.map_or_else(|| next.most_likely(), |token| Ok(token as u32))
 }
 
 fn invalid(what: &str, error: &serde_json::Error) -> Error {
@@ -299,10 +299,11 @@ mod tests {
     #[test]
     fn a_temperature_draws_by_the_softmax() {
         let logits = [1.0f32, 2.0, 0.0, 2.0];
+        let next = Next::Logits(logits.to_vec());
         let share = |temperature: f64| {
             let mut rng = StdRng::seed_from_u64(1);
             let mut counts = [0.0; 4];
-            (0..20_000).for_each(|_| counts[draw(&logits, temperature, &mut rng) as usize] += 1.0 / 20_000.0);
+            (0..20_000).for_each(|_| counts[draw(&next, temperature, &mut rng).unwrap() as usize] += 1.0 / 20_000.0);
             counts
         };
         for temperature in [0.5, 1.0, 2.0] {

@@ -72,11 +72,11 @@ fn mean(figures: &[f64]) -> f64 {
 /// Reads the prompt, then the scored tokens one by one as if they were generated; each is told with the logits before it.
 fn walk(sequence: &mut dyn Sequence, tokens: &[u32], mut score: impl FnMut(&[f32], u32)) -> Result<()> {
     let (prompt, scored) = tokens.split_at(tokens.len() - scored_tokens(tokens.len()));
-    let mut logits = sequence.prefill(prompt, true)?;
+    let mut next = sequence.prefill(prompt, true)?;
     for (i, &token) in scored.iter().enumerate() {
-        score(&logits, token);
+        score(next.logits()?, token);
         if i + 1 < scored.len() {
-            logits = sequence.decode(token)?;
+            next = sequence.decode(token)?;
         }
     }
     Ok(())

@@ -1,6 +1,8 @@
 //! A model for tests: it reads bytes, and knows every answer or none.
 
-use super::{Contender, Contest, HostError, Plan, Progress, Row, Sample, Sequence, Subject, Task, run};
+use super::{
+    Contender, Contest, HostError, Next, Plan, Progress, Row, Sample, Sequence, Subject, Task, TextModel, run,
+};
 use crate::{error::Result, policies::Full, policy::Policy, spec::ModelSpec, stats::Stats};
 use std::{cell::RefCell, sync::Arc};
 
@@ -26,7 +28,7 @@ struct Reader<'a> {
     text: String,
 }
 
-impl Subject for Oracle {
+impl TextModel for Oracle {
     fn spec(&self) -> ModelSpec {
         ModelSpec::new(1, 1, 1, 8)
     }
@@ -50,25 +52,27 @@ impl Subject for Oracle {
     fn chat(&self, user: &str) -> Hosted<String> {
         Ok(user.to_string() + "\n")
     }
+}
 
+impl Subject for Oracle {
     fn open(&self, _: &Arc<dyn Policy>) -> Hosted<Box<dyn Sequence + '_>> {
         Ok(Box::new(Reader { oracle: self, text: String::new() }))
     }
 }
 
 impl Reader<'_> {
-    fn read(&mut self, tokens: &[u32]) -> Hosted<Vec<f32>> {
+    fn read(&mut self, tokens: &[u32]) -> Hosted<Next> {
         assert_eq!(tokens.contains(&BOS), self.text.is_empty());
         self.text += &self.oracle.decode(tokens)?;
         let mut most = self.oracle.most.borrow_mut();
         *most = (*most).max(self.text.len() + 1);
         let next = if self.oracle.knows { right(&self.text).unwrap_or(b'?') } else { b'1' };
-        Ok((0..=BOS).map(|token| (token == next as u32) as u8 as f32).collect())
+        Ok(Next::Logits((0..=BOS).map(|token| (token == next as u32) as u8 as f32).collect()))
     }
 }
 
 impl Sequence for Reader<'_> {
-    fn prefill(&mut self, tokens: &[u32], last: bool) -> Hosted<Vec<f32>> {
+    fn prefill(&mut self, tokens: &[u32], last: bool) -> Hosted<Next> {
         let logits = self.read(tokens)?;
         if last {
             self.oracle.compressed.borrow_mut().push(self.text.clone());
@@ -76,7 +80,7 @@ impl Sequence for Reader<'_> {
         Ok(logits)
     }
 
-    fn decode(&mut self, token: u32) -> Hosted<Vec<f32>> {
+    fn decode(&mut self, token: u32) -> Hosted<Next> {
         self.read(&[token])
     }
 

@@ -1,12 +1,11 @@
 //! Questions about what was read once: the frame of every [`Ask`].
 
 use super::{
-    Ask, Contender, Excerpts, Log, Sample, Sequence, Setting, Task, common_words, needle, needles, state,
+    Ask, Contender, Excerpts, Log, Next, Sample, Sequence, Setting, Task, common_words, needle, needles, state,
     variable_tracking, word_key,
 };
 use crate::{
     error::{Error, Result},
-    logits::argmax,
     stats::Stats,
 };
 use std::ops::RangeInclusive;
@@ -188,22 +187,22 @@ pub(super) fn greedy(
     most: usize,
     is_whole: impl Fn(&[u32]) -> Result<bool>,
 ) -> Result<String> {
-    Ok(texts.subject.decode(&generate(texts, sequence, question, most, argmax, is_whole)?)?)
+    Ok(texts.subject.decode(&generate(texts, sequence, question, most, Next::most_likely, is_whole)?)?)
 }
 
-/// The same, with tokens that are picked from the logits.
+/// The same, with tokens that are picked.
 pub(super) fn generate(
     texts: &Excerpts,
     sequence: &mut dyn Sequence,
     question: &[u32],
     most: usize,
-    mut pick: impl FnMut(&[f32]) -> u32,
+    mut pick: impl FnMut(&Next) -> Result<u32>,
     is_whole: impl Fn(&[u32]) -> Result<bool>,
 ) -> Result<Vec<u32>> {
-    let mut logits = sequence.prefill(question, true)?;
+    let mut next = sequence.prefill(question, true)?;
     let mut answer = vec![];
     while answer.len() < most {
-        let token = pick(&logits);
+        let token = pick(&next)?;
         if texts.subject.is_end(token) {
             break;
         }
@@ -212,7 +211,7 @@ pub(super) fn generate(
             break;
         }
         if answer.len() < most {
-            logits = sequence.decode(token)?;
+            next = sequence.decode(token)?;
         }
     }
     Ok(answer)

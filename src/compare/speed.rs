@@ -1,7 +1,7 @@
 //! Tokens per second.
 
 use super::{Contender, Excerpts, HostError, Log, Sample, Task, summary::median};
-use crate::{error::Result, logits::argmax};
+use crate::error::Result;
 use std::time::Instant;
 
 /// Tokens generated for a timing.
@@ -18,14 +18,15 @@ pub(super) fn run(texts: &Excerpts, log: &mut Log) -> Result<()> {
         for contender in contenders {
             log.unit(texts, Task::Speed, contender);
             let mut sequence = texts.subject.open(&contender.policy)?;
-            let (logits, seconds) = timed(|| sequence.prefill(&tokens, true))?;
-            sequences.push((contender, sequence, tokens.len() as f64 / seconds, logits, vec![]));
+            let (next, seconds) = timed(|| sequence.prefill(&tokens, true))?;
+            sequences.push((contender, sequence, tokens.len() as f64 / seconds, next, vec![]));
         }
         // In turns, so that what else the machine does falls on all alike.
         for _ in 0..GENERATED {
-            for (_, sequence, _, logits, rates) in &mut sequences {
-                let (next, seconds) = timed(|| sequence.decode(argmax(logits)))?;
-                *logits = next;
+            for (_, sequence, _, next, rates) in &mut sequences {
+                let token = next.most_likely()?;
+                let (after, seconds) = timed(|| sequence.decode(token))?;
+                *next = after;
                 rates.push(1.0 / seconds);
             }
         }

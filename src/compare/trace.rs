@@ -31,11 +31,14 @@ pub(super) const LONGEST: usize = 4096;
 /// The contenders of the contest with the shortest context at the same example, the first part of it read in pieces as a prompt
 /// and the rest token by token: of `recall` and `chain` the first sample with its right answers, of tasks with a question the
 /// first prompt, else an excerpt of the text, a quarter of which is the rest. Empty where that context is longer than 4,096
-/// tokens.
+/// tokens, and for a subject that only generates.
 ///
 /// # Errors
 /// Those of the host.
 pub fn trace(subject: &dyn Subject, plan: &Plan) -> Result<Vec<Trace>> {
+    if subject.only_generates() {
+        return Ok(vec![]);
+    }
     let contests = plan.contests.iter().filter(|contest| contest.context <= LONGEST);
     let Some(contest) = contests.min_by_key(|contest| contest.context) else { return Ok(vec![]) };
     let texts = Excerpts { subject, plan, contest };

@@ -82,13 +82,13 @@ impl<'a> Lane<'a> {
     fn open(subject: &'a dyn Subject, policy: &Arc<dyn Policy>, prompt: &[u32]) -> Result<Self> {
         let clock = Instant::now();
         let mut sequence = subject.open(policy)?;
-        let logits = sequence.prefill(prompt, true)?;
+        let logits = sequence.prefill(prompt, true)?.into_logits()?;
         Ok(Self { sequence, logits, prefill: clock.elapsed(), decode: Duration::ZERO, decoded: 0 })
     }
 
     fn decode(&mut self, token: u32) -> Result<()> {
         let clock = Instant::now();
-        self.logits = self.sequence.decode(token)?;
+        self.logits = self.sequence.decode(token)?.into_logits()?;
         self.decode += clock.elapsed();
         self.decoded += 1;
         Ok(())

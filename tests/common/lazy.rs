@@ -45,6 +45,12 @@ impl Storage for Lazy {
     fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>> {
         self.inner.held(layer, spans)
     }
+    fn fork(&mut self, from: SeqId, to: SeqId, share: &[bool]) -> Result<()> {
+        self.inner.fork(from, to, share)
+    }
+    fn unshare(&mut self, layer: usize, spans: &[Span]) -> Result<()> {
+        self.inner.unshare(layer, spans)
+    }
     fn release(&mut self, seq: SeqId) {
         self.inner.release(seq);
     }
@@ -53,6 +59,9 @@ impl Storage for Lazy {
     }
     fn usage(&self) -> Usage {
         self.inner.usage()
+    }
+    fn full_rows(&self, sequences: &[SeqId]) -> u64 {
+        self.inner.full_rows(sequences)
     }
     fn live(&self, layer: usize, seq: SeqId) -> Vec<usize> {
         self.inner.live(layer, seq)

@@ -10,7 +10,7 @@ pub(crate) mod policies;
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use kvpolicy::{GateSpec, Lag, ModelSpec, PerGate, Phase, Policy, Registry, Rope, RopeLayout};
+use kvpolicy::{GateSpec, KeyRange, Lag, ModelSpec, PerGate, Phase, Policy, Registry, Rope, RopeLayout};
 use proptest::test_runner::{Config, RngSeed};
 use std::{ops::Range, sync::Arc};
 
@@ -66,12 +66,19 @@ pub(crate) fn policy(text: &str) -> Arc<dyn Policy> {
     Registry::standard().parse(text).unwrap()
 }
 
+/// Keys whose components differ up to 64-fold in size, or so a store is told.
+pub(crate) fn uneven_keys(layers: usize, kv_heads: usize, head_dim: usize) -> KeyRange {
+    let largest = (0..layers * kv_heads * head_dim).map(|i| 2f32.powi((i * 5 % 7) as i32 - 3));
+    KeyRange::of_largest(&largest.collect::<Vec<_>>())
+}
+
 /// A model with RoPE and gates, so that it can run every policy.
 pub(crate) fn complete(layers: usize, q_heads: usize, kv_heads: usize, head_dim: usize) -> ModelSpec {
     let inv_freq = (0..head_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
     ModelSpec {
         rope: Some(Rope { inv_freq, layout: RopeLayout::HalfSplit }),
         gates: Some(GateSpec { window: 6, lag: Lag::Previous, per: PerGate::Head, disable: false }),
+        key_range: Some(uneven_keys(layers, kv_heads, head_dim)),
         ..ModelSpec::new(layers, q_heads, kv_heads, head_dim)
     }
 }
@@ -93,10 +100,16 @@ impl LayerData {
         Self { q, k, v, logits }
     }
 
-    /// Keys and values as a store of this type gives them back: vectors of `head_dim`.
-    pub(crate) fn stored_as(&self, dtype: DType, head_dim: usize) -> Self {
-        let stored = |x: &[f32]| x.chunks(head_dim).flat_map(|vector| stored(vector, dtype)).collect();
-        Self { k: stored(&self.k), v: stored(&self.v), ..self.clone() }
+    /// Keys and values of a layer as a store of this type gives them back.
+    pub(crate) fn stored_as(&self, dtype: DType, spec: &ModelSpec, layer: usize) -> Self {
+        let stored = |x: &[f32]| -> Vec<f32> { x.chunks(spec.head_dim).flat_map(|x| stored(x, dtype)).collect() };
+        let eight_bits = dtype.size_in_bytes() == 1;
+        let factors = spec.key_range.as_ref().filter(|_| eight_bits).map(|range| range.factors());
+        let all = spec.kv_heads * spec.head_dim;
+        let factor = |i: usize| factors.as_ref().map_or(1.0, |factors| factors[layer * all + i % all]);
+        let divided: Vec<f32> = self.k.iter().enumerate().map(|(i, k)| k / factor(i)).collect();
+        let k = stored(&divided).iter().enumerate().map(|(i, k)| k * factor(i)).collect();
+        Self { k, v: stored(&self.v), ..self.clone() }
     }
 
     /// Queries, too, in this type: what a backend that computes in it is given.
@@ -146,6 +159,19 @@ impl Stream {
     pub(crate) fn random(spec: &ModelSpec, tokens: usize, seed: u64) -> Self {
         let mut rng = Rng(seed);
         Self { layers: (0..spec.layers).map(|_| LayerData::random(spec, tokens, &mut rng)).collect(), tokens }
+    }
+
+    /// The first `at` tokens of this and then those of `other`.
+    pub(crate) fn until(&self, at: usize, other: &Self) -> Self {
+        let splice =
+            |a: &[f32], b: &[f32]| [&a[..a.len() / self.tokens * at], &b[b.len() / other.tokens * at..]].concat();
+        let layers = self.layers.iter().zip(&other.layers).map(|(a, b)| LayerData {
+            q: splice(&a.q, &b.q),
+            k: splice(&a.k, &b.k),
+            v: splice(&a.v, &b.v),
+            logits: splice(&a.logits, &b.logits),
+        });
+        Self { layers: layers.collect(), tokens: other.tokens }
     }
 }
 

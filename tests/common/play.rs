@@ -49,6 +49,14 @@ impl Play {
         self.actors.len() - 1
     }
 
+    /// Forks a sequence, which goes on as `stream` does; returns its index.
+    pub(crate) fn fork(&mut self, who: usize, stream: Stream) -> Result<usize, Error> {
+        let parent = &self.actors[who];
+        let (seq, at, y) = (self.cache.fork(parent.seq)?, parent.at, parent.y.clone());
+        self.actors.push(Actor { seq, stream, at, y });
+        Ok(self.actors.len() - 1)
+    }
+
     /// One step: (index, tokens, phase) of each sequence in it. Returns what `end` returns.
     pub(crate) fn step(&mut self, work: &[(usize, usize, kvpolicy::Phase)]) -> Vec<(SeqId, Error)> {
         let named: Vec<_> = work.iter().map(|&(who, len, phase)| (self.actors[who].seq, len, phase)).collect();

@@ -1,16 +1,21 @@
 //! Keeping everything is dense attention.
 
 use crate::common::{
-    DECODE, LAST, Rng, Stream, assert_close, cases, dense, gather, life, play::Play, play::store, policy, weave,
+    DECODE, LAST, Rng, Stream, assert_close, cases, dense, gather, life, play::Play, play::store, policy, uneven_keys,
+    weave, worst,
 };
 use candle_core::{DType, Device, Tensor};
-use kvpolicy::{CpuConfig, KvCache, ModelSpec, cpu};
+use kvpolicy::{CpuConfig, KeyRange, KvCache, ModelSpec, cpu};
 use proptest::{prelude::*, sample::select};
 
 fn shape() -> impl Strategy<Value = ModelSpec> {
     let head_dim = select(vec![8, 16, 64, 80, 96, 128, 256]);
-    (1..=2usize, 1..=4usize, 1..=4usize, head_dim)
-        .prop_map(|(layers, kv_heads, group, head_dim)| ModelSpec::new(layers, kv_heads * group, kv_heads, head_dim))
+    (1..=2usize, 1..=4usize, 1..=4usize, head_dim, any::<bool>()).prop_map(
+        |(layers, kv_heads, group, head_dim, uneven)| ModelSpec {
+            key_range: uneven.then(|| uneven_keys(layers, kv_heads, head_dim)),
+            ..ModelSpec::new(layers, kv_heads * group, kv_heads, head_dim)
+        },
+    )
 }
 
 /// Every sequence of a random batch against the oracle, whose keys and values are rounded as the store rounds them.
@@ -22,7 +27,7 @@ fn equals_dense(spec: &ModelSpec, dtype: DType, page_size: usize, lens: &[usize]
     play.run(&weave(&mut rng, lives));
     for (who, actor) in play.actors.iter().enumerate() {
         for (layer, y) in actor.y.iter().enumerate() {
-            let data = actor.stream.layers[layer].stored_as(dtype, spec.head_dim);
+            let data = actor.stream.layers[layer].stored_as(dtype, spec, layer);
             let want = dense::attention(spec, &data, 0..lens[who], |_, _, _| true);
             assert_close(y, &want, 2e-5, &format!("sequence {who}, layer {layer}"));
             for head in 0..spec.kv_heads {
@@ -102,7 +107,7 @@ fn the_output_has_the_type_of_the_queries() {
     let spec = ModelSpec::new(1, 4, 2, 16);
     let stream = Stream::random(&spec, 12, 4);
     let data = &stream.layers[0];
-    let want = dense::attention(&spec, &data.stored_as(DType::BF16, 16), 0..12, |_, _, _| true);
+    let want = dense::attention(&spec, &data.stored_as(DType::BF16, &spec, 0), 0..12, |_, _, _| true);
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let mut cache = KvCache::new(spec.clone(), policy("full"), cpu(&spec, &CpuConfig::default()).unwrap()).unwrap();
         let seq = cache.open();
@@ -133,4 +138,24 @@ fn tensors_need_not_be_contiguous() {
     assert!(!new.q.is_contiguous());
     let y: Vec<f32> = cache.attend(0, &step, &new).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     assert_close(&y, &dense::attention(&spec, data, 0..12, |_, _, _| true), 2e-5, "transposed");
+}
+
+/// Components a hundred times the others, the same in every key: a vector's one factor would leave the others no bits.
+#[test]
+fn large_components_cost_the_small_ones_no_bits_where_the_store_knows_of_them() {
+    let error = |known: bool| {
+        let mut spec = ModelSpec::new(1, 4, 2, 64);
+        let mut stream = Stream::random(&spec, 80, 31);
+        let large = |i: usize| if i % 64 % 9 == 4 { 100.0 } else { 1.0 };
+        stream.layers[0].k.iter_mut().enumerate().for_each(|(i, k)| *k *= large(i));
+        stream.layers[0].q.iter_mut().enumerate().for_each(|(i, q)| *q /= large(i));
+        let largest: Vec<f32> = (0..2 * 64).map(|i| 2.0 * large(i)).collect();
+        spec.key_range = known.then(|| KeyRange::of_largest(&largest));
+        let mut play = Play::on(store(&spec, 16, DType::U8), &spec, policy("full")).with(&[stream]);
+        play.run(&[vec![(0, 80, LAST)]]);
+        let want = dense::attention(&spec, &play.actors[0].stream.layers[0], 0..80, |_, _, _| true);
+        worst(&play.actors[0].y[0], &want)
+    };
+    let (known, unknown) = (error(true), error(false));
+    assert!(known < 0.03 && unknown > 5.0 * known, "{known} and {unknown}");
 }

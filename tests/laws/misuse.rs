@@ -307,8 +307,9 @@ fn stores_and_models_that_make_no_sense_are_refused() {
     let error =
         KvCache::new(spec.clone(), policy("full"), cpu(&self::spec(), &CpuConfig::default()).unwrap()).unwrap_err();
     let Error::Refused { reasons, .. } = &error else { panic!("{error}") };
-    assert_eq!(reasons.len(), 2, "{error}");
+    assert_eq!(reasons.len(), 3, "{error}");
     assert!(reasons[0].contains("layers=0") && reasons[1].contains("q_heads=3 is no multiple of kv_heads=2"));
+    assert!(reasons[2].contains("key_range has 32 exponents for 0 components"));
 }
 
 /// A call picked at random, right or wrong.

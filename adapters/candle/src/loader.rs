@@ -84,6 +84,21 @@ impl Origin {
             Self::Gguf(path) => Ok(vec![Blob::Disk(path.clone())]),
         }
     }
+
+    fn sha256(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        self.weights()?.iter().try_for_each(|file| file.digest(&mut hash))?;
+        Ok(hexadecimal(hash))
+    }
+}
+
+/// SHA-256 of the weights of a model that is not loaded, a folder or a GGUF file: what [`Lm::sha256`] says of it.
+///
+/// # Errors
+/// [`Error::File`] if a file cannot be read.
+pub fn weights_sha256(model: &Path) -> Result<String> {
+    let path = model.to_path_buf();
+    if model.is_dir() { Origin::Folder(path).sha256() } else { Origin::Gguf(path).sha256() }
 }
 
 impl From<Folder<'_>> for Origin {
@@ -225,9 +240,8 @@ impl Lm {
         if let Some(known) = self.sha256.get() {
             return Ok(known.clone());
         }
-        let mut hash = Sha256::new();
-        self.origin.weights()?.iter().try_for_each(|file| file.digest(&mut hash))?;
-        Ok(self.sha256.get_or_init(|| hexadecimal(hash)).clone())
+        let text = self.origin.sha256()?;
+        Ok(self.sha256.get_or_init(|| text).clone())
     }
 
     /// SHA-256 of what makes tokens of text: the tokenizer, its ends of a text and the chat template; hexadecimal.

@@ -4,11 +4,13 @@ use crate::{
     config::{Config, Projection},
     error::{Error, Result},
     gates::Gates,
+    key_range::key_range,
     ops::{self, Heads, Rotation},
     weights::{Linear, Matrix, Weights},
 };
 use candle_core::{DType, Device, Tensor};
-use kvpolicy::{KvCache, Step};
+use kvpolicy::{KeyRange, KvCache, ModelSpec, Step};
+use std::sync::OnceLock;
 
 /// A decoder of one of the families of [`crate::Arch`], without any state: keys and values live in a [`KvCache`]. Clones share
 /// their weights.
@@ -24,6 +26,7 @@ pub struct Model {
     pub(crate) norm: Tensor, // [hidden]
     pub(crate) output: Linear,
     inv_freq: Vec<Tensor>, // f32 [head_dim / 2]: of most layers, and of `Config::others` if there are any
+    key_range: OnceLock<KeyRange>,
 }
 
 #[derive(Debug, Clone)]
@@ -86,7 +89,7 @@ impl Model {
         let others = config.others.iter().map(|others| &others.inv_freq);
         let inv_freq = std::iter::once(&config.rope.inv_freq).chain(others);
         let inv_freq = inv_freq.map(|freq| Ok(Tensor::new(freq.as_slice(), device)?)).collect::<Result<_>>()?;
-        Ok(Self { config, embedding, blocks, norm, output, inv_freq })
+        Ok(Self { config, embedding, blocks, norm, output, inv_freq, key_range: OnceLock::new() })
     }
 
     /// Shape and constants.
@@ -97,6 +100,27 @@ impl Model {
     /// Whether its matrices are quantized.
     pub fn is_quantized(&self) -> bool {
         self.blocks.iter().any(|block| matches!(block.qkv, Matrix::Quantized(_)))
+    }
+
+    /// How large the components of its keys become, for a store of 8 bits. The first call reads some tokens.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`].
+    pub fn key_range(&self) -> Result<KeyRange> {
+        if let Some(known) = self.key_range.get() {
+            return Ok(known.clone());
+        }
+        let range = key_range(self)?;
+        Ok(self.key_range.get_or_init(|| range).clone())
+    }
+
+    /// What a cache of keys and values of this type must know of the model, gates aside.
+    ///
+    /// # Errors
+    /// As [`Model::key_range`], which a store of 8 bits needs.
+    pub fn spec(&self, kv_dtype: DType) -> Result<ModelSpec> {
+        let key_range = if kv_dtype.size_in_bytes() == 1 { Some(self.key_range()?) } else { None };
+        Ok(ModelSpec { key_range, ..self.config.spec() })
     }
 
     /// Where its weights are.

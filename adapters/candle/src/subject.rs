@@ -7,8 +7,9 @@ use crate::{
 use candle_core::Tensor;
 use kvpolicy::{
     ModelSpec, Policy, Stats,
-    compare::{HostError, Sequence, Subject},
+    compare::{Next, Sequence, Subject},
     policies::Full,
+    runtime::{HostError, TextModel},
 };
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ pub struct Hosted {
     pub options: SessionOptions,
 }
 
-impl Subject for Hosted {
+impl TextModel for Hosted {
     fn spec(&self) -> ModelSpec {
         let mut spec = self.lm.model().config().spec();
         spec.gates = self.lm.gates().map(|gates| gates.spec());
@@ -49,7 +50,9 @@ impl Subject for Hosted {
     fn chat(&self, user: &str) -> Result<String> {
         Ok(self.lm.chat(user)?)
     }
+}
 
+impl Subject for Hosted {
     fn open(&self, policy: &Arc<dyn Policy>) -> Result<Box<dyn Sequence + '_>> {
         Ok(Box::new(self.lm.session(policy.clone(), &self.options)?))
     }
@@ -61,16 +64,16 @@ impl Subject for Hosted {
     }
 }
 
-fn numbers(logits: Tensor) -> Result<Vec<f32>> {
-    Ok(logits.to_vec1()?)
+fn numbers(logits: Tensor) -> Result<Next> {
+    Ok(Next::Logits(logits.to_vec1()?))
 }
 
 impl Sequence for Session<'_> {
-    fn prefill(&mut self, tokens: &[u32], last: bool) -> Result<Vec<f32>> {
+    fn prefill(&mut self, tokens: &[u32], last: bool) -> Result<Next> {
         numbers(Session::prefill(self, tokens, last)?)
     }
 
-    fn decode(&mut self, token: u32) -> Result<Vec<f32>> {
+    fn decode(&mut self, token: u32) -> Result<Next> {
         numbers(Session::decode(self, token)?)
     }
 

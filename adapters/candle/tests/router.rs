@@ -5,6 +5,7 @@ use kvpolicy::{
     Registry,
     compare::{Sequence, Subject, problems},
     router::{Answer, Arm, Guard, Limits, Router, RouterConfig, Ticket, answer},
+    runtime::TextModel,
 };
 use kvpolicy_candle::{Hosted, Lm, LoadOptions, SessionOptions};
 use rand::{SeedableRng, rngs::StdRng};
@@ -36,7 +37,8 @@ fn logits(hosted: &Hosted, policy: &str, answer: &[u32]) -> Vec<Vec<f64>> {
     let mut session: Box<dyn Sequence> = hosted.open(&policy).unwrap();
     let mut all = vec![session.prefill(&prompt(hosted), true).unwrap()];
     answer[..answer.len() - 1].iter().for_each(|&token| all.push(session.decode(token).unwrap()));
-    all.into_iter().map(|logits| logits.into_iter().map(f64::from).collect()).collect()
+    let wide = |next: kvpolicy::compare::Next| next.logits().unwrap().iter().map(|&x| f64::from(x)).collect();
+    all.into_iter().map(wide).collect()
 }
 
 #[test]

@@ -16,6 +16,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Tokens of several prompts in one pass: they occupy a GPU, and those that decode do not wait for more.
+const PROMPT_TOKENS: usize = 8192;
+
 /// The cache of one model, shared with its sequences.
 #[derive(Debug)]
 pub(crate) struct Pool(Mutex<Passes>);
@@ -24,6 +27,8 @@ pub(crate) struct Pool(Mutex<Passes>);
 #[derive(Debug)]
 pub(crate) struct Passes {
     pub(crate) cache: KvCache,
+    /// Those of the cache's policy, or of the model.
+    gates: Option<Arc<Gates>>,
     pub(crate) served: Served,
     /// The pass that is under way.
     step: Option<Step>,
@@ -54,6 +59,10 @@ pub struct Served {
 }
 
 impl Pool {
+    pub(crate) fn new(cache: KvCache, gates: Option<Gates>) -> Self {
+        Self(Mutex::new(Passes::new(cache, gates)))
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, Passes> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -80,21 +89,9 @@ impl Drop for Row {
 /// What the host calls for one model.
 #[derive(Debug)]
 pub(crate) struct Hosted {
-    pool: Arc<Pool>,
-    gates: Option<Gates>,
-    config: Config,
-}
-
-impl Hosted {
-    pub(crate) fn new(cache: KvCache, gates: Option<Gates>, config: Config) -> Self {
-        let (served, began) = (Served::default(), Instant::now());
-        let passes = Passes { cache, served, step: None, began, decided: None, cautious: false };
-        Self { pool: Arc::new(Pool(Mutex::new(passes))), gates, config }
-    }
-
-    pub(crate) fn pool(&self) -> &Arc<Pool> {
-        &self.pool
-    }
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) config: Config,
+    pub(crate) max_sequences: usize,
 }
 
 impl KvPolicy for Hosted {
@@ -105,14 +102,15 @@ impl KvPolicy for Hosted {
     }
 
     fn observe_hidden(&self, layer: usize, hidden: &Tensor) -> candle_core::Result<()> {
-        let Some(gates) = &self.gates else { return Ok(()) };
+        let Some(gates) = self.pool.lock().gates.clone() else { return Ok(()) };
         let decided = hidden.flatten_to(1).map_err(Error::from).and_then(|x| Ok(gates.adapt(layer, &x)?));
         self.pool.lock().decided = decided.map_err(candle_core::Error::wrap)?;
         Ok(())
     }
 
     fn prepare_queries(&self, _layer: usize, q: Tensor) -> candle_core::Result<Tensor> {
-        let Some(gates) = self.gates.as_ref().filter(|gates| gates.borrows_neurons()) else { return Ok(q) };
+        let gates = self.pool.lock().gates.clone().filter(|gates| gates.borrows_neurons());
+        let Some(gates) = gates else { return Ok(q) };
         let borrowed = end_to_end(&q).and_then(|rows| Ok(gates.borrow(&self.config, rows)?));
         let (decided, rest) = borrowed.map_err(candle_core::Error::wrap)?;
         self.pool.lock().decided = Some(decided);
@@ -121,7 +119,7 @@ impl KvPolicy for Hosted {
 
     fn attend(&self, call: Attend<'_>) -> candle_core::Result<Tensor> {
         let mut passes = self.pool.lock();
-        let y = passes.attend(&call, self.gates.as_ref());
+        let y = passes.attend(&call);
         if y.is_err() {
             passes.give_up();
         }
@@ -134,8 +132,10 @@ impl KvPolicy for Hosted {
 
     fn can_decode(&self, running: &[State]) -> bool {
         let mut passes = self.pool.lock();
-        let sequences = running.iter().filter_map(|state| Some(row_of(state).ok()?.seq));
-        let enough = room::suffices(&passes.cache, room::next_tokens(&passes.cache, sequences));
+        let sequences: Vec<SeqId> = running.iter().filter_map(|state| Some(row_of(state).ok()?.seq)).collect();
+        let (cache, a_page_each) = (&passes.cache, sequences.len() as u64 * room::growth(&passes.cache));
+        // Rows are counted only where it matters: a GPU must be asked.
+        let enough = room::suffices(cache, a_page_each) || room::suffices(cache, cache.full_rows(&sequences));
         if !enough && let Some(Ok(last)) = running.last().map(row_of) {
             last.lost.store(true, Ordering::Relaxed);
             passes.cautious = true;
@@ -146,9 +146,12 @@ impl KvPolicy for Hosted {
 
     fn can_begin(&self, running: &[State], prompts: usize, tokens: usize) -> bool {
         let mut passes = self.pool.lock();
+        let sequences = running.len() + prompts;
         let needed = prompts as u64 * room::prompt(&passes.cache, tokens, passes.cautious)
-            + (running.len() + prompts) as u64 * room::growth(&passes.cache);
-        let enough = room::suffices(&passes.cache, needed);
+            + sequences as u64 * room::growth(&passes.cache);
+        let enough = (prompts == 1 || prompts * tokens <= PROMPT_TOKENS)
+            && sequences <= self.max_sequences
+            && room::suffices(&passes.cache, needed);
         passes.served.waits += (prompts == 1 && !enough) as u64;
         enough
     }
@@ -159,15 +162,39 @@ fn row_of(state: &State) -> Result<&Row> {
 }
 
 impl Passes {
+    fn new(cache: KvCache, gates: Option<Gates>) -> Self {
+        let (gates, served, began) = (gates.map(Arc::new), Served::default(), Instant::now());
+        Self { cache, gates, served, step: None, began, decided: None, cautious: false }
+    }
+
+    /// Starts anew.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if a sequence holds a place.
+    pub(crate) fn replace(&mut self, cache: KvCache, gates: Option<Gates>) -> Result<()> {
+        if self.served.running > 0 {
+            return Err(Error::Busy { running: self.served.running });
+        }
+        *self = Self::new(cache, gates);
+        Ok(())
+    }
+
+    /// Brings figures up to date between passes: a GPU tells them late.
+    pub(crate) fn settle(&mut self) {
+        if self.step.is_none() {
+            _ = self.cache.wait(); // nobody was lost since the last pass, and the next one finds a device that is
+        }
+    }
+
     /// One layer. The first begins a step, the last ends it.
-    fn attend(&mut self, call: &Attend<'_>, gates: Option<&Gates>) -> Result<Tensor> {
+    fn attend(&mut self, call: &Attend<'_>) -> Result<Tensor> {
         if call.layer == 0 {
             self.begin(call)?;
         }
         let step = self.step.as_ref().ok_or_else(|| Error::Host("started a pass in the middle".into()))?;
         check_attention(call, self.cache.spec().head_dim, step)?;
         let q = end_to_end(call.q)?;
-        let q = if let Some(gates) = gates { gates.after_rope(q)? } else { q };
+        let q = if let Some(gates) = &self.gates { gates.after_rope(q)? } else { q };
         let new = step.tokens(q, end_to_end(call.k)?, end_to_end(call.v)?, self.decided.take());
         let y = self.cache.attend(call.layer, step, &new)?;
         if call.layer + 1 == self.cache.spec().layers {
@@ -199,15 +226,17 @@ impl Passes {
     /// rest has ended, or are then known not to. So are those that grew beyond the model's window: as prompts they are
     /// refused without their batch.
     fn end(&mut self, call: &Attend<'_>) -> Result<()> {
+        // What the host reads next it waits for anyway; a sequence that found no memory must be known before.
+        let mut without_room = self.cache.wait()?;
         let Some(step) = self.step.take() else { return Ok(()) };
         self.served.count(&step, self.began.elapsed());
         let beyond = step.spans().iter().filter(|span| call.sliding_window.is_some_and(|window| span.seen() > window));
         let mut lost: Vec<SeqId> = beyond.map(|span| span.seq).collect();
-        let without_room = self.cache.end(step);
+        without_room.extend(self.cache.end(step));
         self.cautious |= !without_room.is_empty();
         for (seq, error) in without_room {
             if self.served.running == 1 {
-                return Err(error.into());
+                return Err(Error::TooLarge(error));
             }
             lost.push(seq);
         }

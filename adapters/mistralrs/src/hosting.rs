@@ -3,28 +3,60 @@
 use crate::{
     error::Result,
     hosted::{Hosted, Pool, Served},
-    spec::{config_of, gates_of},
+    spec::{config_of, device_of, gates_of},
 };
-use candle_core::DType;
-use kvpolicy::{CpuConfig, KvCache, Policy, Stats, Usage, cpu};
+use candle_core::{DType, Device};
+#[cfg(feature = "cuda")]
+use kvpolicy::CudaConfig;
+use kvpolicy::{CpuConfig, KvCache, ModelSpec, Policy, Stats, Usage, backend::Backend, cpu};
+use kvpolicy_candle::Gates;
 use mistralrs_core::kv_policy::{self, Factory, KvPolicy, Model};
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-/// How keys and values are kept.
+/// How keys and values are kept, on the device that a model is on.
 #[derive(Debug, Clone)]
 pub struct CacheOptions {
-    /// Type of stored keys and values: f32, f16 or bf16.
-    pub kv_dtype: DType,
-    /// The most bytes that all sequences of a model may take; `None` for no limit.
+    /// Type of stored keys and values: f32, f16 or bf16; `None` for f32 in main memory and bf16 on a GPU.
+    pub kv_dtype: Option<DType>,
+    /// The most bytes that all sequences of a model may take. `None` for no limit in main memory; a GPU reserves them at once,
+    /// half of what is free when the model has been loaded if they are not given.
     pub kv_bytes: Option<u64>,
+    /// The most sequences that hold keys and values at a time, 2,048 at most on a GPU. More wait.
+    pub max_sequences: usize,
 }
 
 impl Default for CacheOptions {
     fn default() -> Self {
-        Self { kv_dtype: DType::F32, kv_bytes: None }
+        Self { kv_dtype: None, kv_bytes: None, max_sequences: 64 }
+    }
+}
+
+impl CacheOptions {
+    /// Type of stored keys and values on a device.
+    pub fn kv_dtype_on(&self, device: &Device) -> DType {
+        self.kv_dtype.unwrap_or(if device.is_cpu() { DType::F32 } else { DType::BF16 })
+    }
+
+    /// A store on a device. `max_entries`: tokens that a sequence may have.
+    fn store(
+        &self,
+        spec: &ModelSpec,
+        #[cfg_attr(not(feature = "cuda"), allow(unused_variables))] max_entries: usize,
+        device: &Device,
+    ) -> kvpolicy::Result<Box<dyn Backend>> {
+        let (dtype, limit_bytes) = (self.kv_dtype_on(device), self.kv_bytes);
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {
+                let max_sequences = self.max_sequences;
+                let layout = CudaConfig { dtype, limit_bytes, max_sequences, max_entries, ..CudaConfig::default() };
+                kvpolicy::cuda(spec, &layout, device)
+            }
+            _ => cpu(spec, &CpuConfig { dtype, limit_bytes, ..CpuConfig::default() }),
+        }
     }
 }
 
@@ -32,7 +64,13 @@ impl Default for CacheOptions {
 pub struct Hosting {
     policy: Arc<dyn Policy>,
     options: CacheOptions,
-    models: Mutex<Vec<(String, Weak<Pool>)>>,
+    models: Mutex<Vec<Loaded>>,
+}
+
+/// A model that may be gone.
+struct Loaded {
+    model: Model,
+    pool: Weak<Pool>,
 }
 
 impl fmt::Debug for Hosting {
@@ -69,30 +107,48 @@ pub struct Figures {
 impl Hosting {
     /// Figures of every model that lives, in the order they were loaded.
     pub fn figures(&self) -> Vec<Figures> {
-        let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
-        let living = models.iter().filter_map(|(id, pool)| Some((id.clone(), pool.upgrade()?)));
-        let ask = |(id, pool): (String, Arc<Pool>)| {
-            let passes = pool.lock();
+        let ask = |(model, pool): (Model, Arc<Pool>)| {
+            let mut passes = pool.lock();
+            passes.settle();
             let (cache, served) = (&passes.cache, passes.served);
             let entries_per_token = (cache.spec().layers * cache.spec().kv_heads) as u64;
             let (policy, usage, stats) = (cache.policy().clone(), cache.usage(), cache.stats());
-            Figures { id, policy, usage, stats, served, entries_per_token }
+            Figures { id: model.id, policy, usage, stats, served, entries_per_token }
         };
-        living.map(ask).collect()
+        self.living().into_iter().map(ask).collect()
+    }
+
+    /// Puts every model that lives under another policy, with an empty cache. What is loaded later still gets the first one.
+    ///
+    /// # Errors
+    /// Every reason why a model cannot run under it, and [`Error::Busy`](crate::Error::Busy) while it serves.
+    pub fn put_under(&self, policy: &Arc<dyn Policy>) -> Result<()> {
+        self.living().into_iter().try_for_each(|(model, pool)| {
+            let (cache, gates) = self.cache(&model, policy.clone())?;
+            pool.lock().replace(cache, gates)
+        })
+    }
+
+    fn living(&self) -> Vec<(Model, Arc<Pool>)> {
+        let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        models.iter().filter_map(|loaded| Some((loaded.model.clone(), loaded.pool.upgrade()?))).collect()
+    }
+
+    fn cache(&self, model: &Model, policy: Arc<dyn Policy>) -> Result<(KvCache, Option<Gates>)> {
+        let (device, config) = (device_of(model)?, config_of(model)?);
+        let gates = gates_of(model, &config, &*policy, device)?;
+        let spec = ModelSpec { gates: gates.as_ref().map(Gates::spec), ..config.spec() };
+        let store = self.options.store(&spec, config.max_context, device)?;
+        Ok((KvCache::new(spec, policy, store)?, gates))
     }
 
     fn host(&self, model: &Model) -> Result<Hosted> {
-        let CacheOptions { kv_dtype, kv_bytes } = self.options;
-        let config = config_of(model)?;
-        let gates = gates_of(model, &config, &*self.policy)?;
-        let mut spec = config.spec();
-        spec.gates = gates.as_ref().map(|gates| gates.spec());
-        let store = cpu(&spec, &CpuConfig { dtype: kv_dtype, limit_bytes: kv_bytes, ..CpuConfig::default() })?;
-        let hosted = Hosted::new(KvCache::new(spec, self.policy.clone(), store)?, gates, config);
+        let (cache, gates) = self.cache(model, self.policy.clone())?;
+        let pool = Arc::new(Pool::new(cache, gates));
         let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
-        models.retain(|(_, pool)| pool.strong_count() > 0);
-        models.push((model.id.clone(), Arc::downgrade(hosted.pool())));
-        Ok(hosted)
+        models.retain(|loaded| loaded.pool.strong_count() > 0);
+        models.push(Loaded { model: model.clone(), pool: Arc::downgrade(&pool) });
+        Ok(Hosted { pool, config: config_of(model)?, max_sequences: self.options.max_sequences })
     }
 }
 

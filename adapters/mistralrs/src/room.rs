@@ -1,17 +1,10 @@
 //! How many pages sequences will take. A row of the store is one KV head of one layer; pages belong to rows.
 
-use kvpolicy::{Budget, KvCache, LayerCx, SeqId};
+use kvpolicy::{Budget, KvCache, LayerCx};
 
 /// Whether so many pages may still be taken.
 pub(crate) fn suffices(cache: &KvCache, pages: u64) -> bool {
     cache.usage().pages_left().is_none_or(|left| pages <= left)
-}
-
-/// The most pages that one more token of each of these sequences takes: one for every row whose pages are full.
-pub(crate) fn next_tokens(cache: &KvCache, sequences: impl Iterator<Item = SeqId>) -> u64 {
-    let (layers, page) = (cache.spec().layers, cache.usage().page_entries);
-    let rows = sequences.flat_map(|seq| (0..layers).flat_map(move |layer| cache.live(layer, seq)));
-    rows.filter(|&held| (held as u64).is_multiple_of(page)).count() as u64
 }
 
 /// Pages for a sequence to grow by before it needs others: one a row.

@@ -4,10 +4,10 @@
 
 mod common;
 
-use candle_core::quantized::GgmlDType;
+use candle_core::{Tensor, quantized::GgmlDType};
 use common::{
     Answer, Asked, ask, ended, endless, generate, gguf_loader, greedy, load, loader, max_difference, policy, prompt,
-    start, together, write,
+    send, start, together, write,
 };
 use kvpolicy::{Evict, LayerCx, NewTokens, Policy, Protect, Verdict};
 use kvpolicy_mistralrs::{CacheOptions, Figures, Hosting, register, unregister};
@@ -43,12 +43,15 @@ async fn batches() {
     let llama = tempfile::tempdir().unwrap();
     write(&endless("llama", json!({})), llama.path());
     more_than_the_pool_holds(&llama).await;
+    no_more_than_may_run(&llama).await;
     compression_is_room(&llama).await;
     what_fits_nowhere_ends_alone(&llama).await;
     a_lost_prompt_starts_over(&llama).await;
     who_leaves_gives_room(&llama).await;
     who_leaves_at_the_last_moment_harms_nobody(&llama).await;
     who_leaves_before_an_error_harms_nobody(&llama).await;
+    who_leaves_within_its_prompt_gives_room(&llama).await;
+    a_sampling_error_leaves_nothing_behind(&llama).await;
     what_a_model_cannot_read_ends_alone().await;
 }
 
@@ -123,6 +126,17 @@ async fn more_than_the_pool_holds(dir: &TempDir) {
         assert!(usage.bytes_peak <= pages * PAGE, "{text}: {usage:?}");
         assert_eq!((served.running, usage.pages_in_use), (0, 0), "{text}");
     }
+}
+
+async fn no_more_than_may_run(dir: &TempDir) {
+    let loader = loader(dir.path(), LLAMA, false);
+    let (_, roomy) = host(&*loader, policy("full"), None).await;
+    let alone = one_by_one(&roomy, &requests()).await;
+    let hosting = register(policy("full"), &CacheOptions { max_sequences: 2, ..CacheOptions::default() });
+    let host = start(load(&*loader).unwrap()).await;
+    same("two at a time", &together(&host, &requests()).await, &alone, 1e-5);
+    let Figures { served, .. } = figures(&hosting);
+    assert!(served.waits > 0 && served.decoded_tokens <= 2 * served.decode_steps, "{served:?}");
 }
 
 /// In the same pool, with the same requests, more sequences decode in a step if each holds less.
@@ -251,6 +265,32 @@ async fn who_leaves_before_an_error_harms_nobody(dir: &TempDir) {
     let stays = ask(&host, &prompt(20), 4, |_| {}).await;
     LEAVES.lock().unwrap().push(leaves);
     assert_eq!(stays.answer().await.unwrap().len(), 4);
+}
+
+async fn who_leaves_within_its_prompt_gives_room(dir: &TempDir) {
+    let (hosting, host) = host(&*loader(dir.path(), LLAMA, false), Arc::new(Waits {}), None).await;
+    let alone = generate(&host, &prompt(20), 4).await;
+    let leaves = ask(&host, &prompt(300), 150, |_| {}).await;
+    let stays = ask(&host, &prompt(20), 4, |_| {}).await;
+    LEAVES.lock().unwrap().push(leaves);
+    same("beside one that leaves", &[stays.answer().await], &[alone], 1e-5);
+    ended(&hosting).await;
+    let decoded = figures(&hosting).served.decoded_tokens;
+    assert!(decoded < 20, "{decoded} tokens were decoded for nobody");
+}
+
+async fn a_sampling_error_leaves_nothing_behind(dir: &TempDir) {
+    let (hosting, host) = host(&*loader(dir.path(), LLAMA, false), policy("full"), None).await;
+    let alone = generate(&host, &prompt(20), 8).await;
+    let choose = |step: usize, logits: &Tensor| match step {
+        5 => candle_core::bail!("no token will do"),
+        _ => Ok(logits.clone()),
+    };
+    let why = send(&host, &prompt(30), 20, choose).await.answer().await.unwrap_err();
+    assert!(why.contains("no token will do"), "{why}");
+    ended(&hosting).await;
+    assert_eq!(figures(&hosting).served.running, 0);
+    same("after an error", &[generate(&host, &prompt(20), 8).await], &[alone], 1e-5);
 }
 
 /// Qwen2 hands its window to attention. One prompt is too long for it, one sequence grows too long.

@@ -54,7 +54,7 @@ impl ModelArgs {
             max_sequences: batch,
             max_entries: tokens,
         };
-        let (spec, policy) = (model.config().spec(), model.config().policy(policy, tokens)?);
+        let (spec, policy) = (model.spec(config.dtype)?, model.config().policy(policy, tokens)?);
         Ok(KvCache::new(spec.clone(), policy, cuda(&spec, &config, model.device())?)?)
     }
 

@@ -29,6 +29,7 @@ struct Job<'a> {
 /// What every job needs.
 struct Layer<'a, E> {
     cpu: &'a Cpu<E>,
+    layer: usize,
     queries: &'a [f32], // [tokens, q_heads, head_dim]
     protect: Protect,
 }
@@ -56,7 +57,7 @@ pub(super) fn attend<E: Element>(
         })
     });
     let jobs: Vec<Job> = jobs.collect();
-    let layer = Layer { cpu, queries, protect };
+    let layer = Layer { cpu, layer, queries, protect };
     let rows = queries.len() / cpu.spec.head_dim;
     let mut output = Output { y: vec![0.0; queries.len()], lse: vec![0.0; rows] };
     let mut mass = vec![vec![]; spans.len() * heads];
@@ -91,7 +92,12 @@ impl<E: Element> Layer<'_, E> {
         let (d, width) = (self.dim(), self.group() * self.dim());
         let scale = 1.0 / (d as f32).sqrt();
         let start = |token: usize| ((job.first + token) * self.cpu.spec.q_heads) * d + job.head * width;
-        tokens.flat_map(|t| self.queries[start(t)..][..width].iter().map(move |x| x * scale)).collect()
+        let mut queries: Vec<f32> =
+            tokens.flat_map(|t| self.queries[start(t)..][..width].iter().map(move |x| x * scale)).collect();
+        if let Some(factors) = self.cpu.key_factors(self.layer, job.head) {
+            queries.iter_mut().zip(factors.iter().cycle()).for_each(|(q, factor)| *q *= factor);
+        }
+        queries
     }
 
     fn visible(&self, pos: u32, mark: bool, now: u32) -> bool {

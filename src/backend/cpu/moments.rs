@@ -3,7 +3,7 @@
 use crate::{policy::QueryMoments, spec::ModelSpec};
 
 /// Sums over the queries of one layer of one sequence, f64 so that the covariance survives the subtraction.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Accumulator {
     asked: QueryMoments,
     count: u64,

@@ -80,6 +80,7 @@ pub(super) struct Pool<E> {
     pub(super) page_size: usize,
     pub(super) head_dim: usize,
     slabs: Vec<Slab<E>>,
+    owners: Vec<u32>, // rows that hold each page
     free: Vec<u32>,
     reserved: usize,
     peak: usize,
@@ -96,6 +97,7 @@ impl<E: Element> Pool<E> {
             page_size,
             head_dim,
             slabs: vec![],
+            owners: vec![],
             free: vec![],
             reserved: 0,
             peak: 0,
@@ -143,13 +145,41 @@ impl<E: Element> Pool<E> {
         if self.free.is_empty() {
             self.grow();
         }
-        let page = self.free.pop().ok_or(Full { limit: self.limit.unwrap_or(u64::MAX) });
+        let page = self.free.pop().ok_or(Full { limit: self.limit.unwrap_or(u64::MAX) })?;
+        self.owners[page as usize] = 1;
         self.peak = self.peak.max(self.reserved - self.free.len());
-        page
+        Ok(page)
     }
 
+    /// One row less holds a page.
     pub(super) fn give(&mut self, page: u32) {
-        self.free.push(page);
+        let owners = &mut self.owners[page as usize];
+        *owners -= 1;
+        if *owners == 0 {
+            self.free.push(page);
+        }
+    }
+
+    /// One row more holds a page.
+    pub(super) fn share(&mut self, page: u32) {
+        self.owners[page as usize] += 1;
+    }
+
+    /// Puts a copy that one row alone holds in the place of a page that others hold too.
+    pub(super) fn own(&mut self, page: &mut u32) -> std::result::Result<(), Full> {
+        if self.owners[*page as usize] > 1 {
+            let copy = self.copy_of(*page)?;
+            self.give(*page);
+            *page = copy;
+        }
+        Ok(())
+    }
+
+    /// A new page with the entries of another.
+    pub(super) fn copy_of(&mut self, page: u32) -> std::result::Result<u32, Full> {
+        let copy = self.take()?;
+        (0..self.page_size).for_each(|offset| self.copy((page, offset), (copy, offset)));
+        Ok(copy)
     }
 
     fn grow(&mut self) {
@@ -168,6 +198,7 @@ impl<E: Element> Pool<E> {
             score: vec![0.0; entries],
         });
         self.reserved += pages;
+        self.owners.resize(self.reserved, 0);
         self.free.extend((first..first + pages as u32).rev());
     }
 

@@ -45,17 +45,50 @@ impl Row {
         pool.page(page, offset + 1).pos[offset]
     }
 
+    /// A row with the same entries: in the same pages, or in copies.
+    pub(super) fn fork<E: Element>(&self, pool: &mut Pool<E>, share: bool) -> Result<Self, Full> {
+        let mut fork = Self { pages: vec![], len: self.len, pending: self.pending.clone(), newest: self.newest };
+        for &page in &self.pages {
+            let page = if share {
+                pool.share(page);
+                page
+            } else {
+                match pool.copy_of(page) {
+                    Ok(copy) => copy,
+                    Err(full) => {
+                        fork.free(pool);
+                        return Err(full);
+                    }
+                }
+            };
+            fork.pages.push(page);
+        }
+        Ok(fork)
+    }
+
+    /// Copies every page that other rows hold, too.
+    pub(super) fn unshare<E: Element>(&mut self, pool: &mut Pool<E>) -> Result<(), Full> {
+        self.pages.iter_mut().try_for_each(|page| pool.own(page))
+    }
+
+    /// Where a slot is, in a page that no other row holds.
+    fn own<E: Element>(&mut self, pool: &mut Pool<E>, slot: usize) -> Result<(u32, usize), Full> {
+        pool.own(&mut self.pages[slot / pool.page_size])?;
+        Ok(self.at(pool, slot))
+    }
+
     /// Marks the newest entry.
-    pub(super) fn mark_newest<E: Element>(&mut self, pool: &mut Pool<E>, protect: Protect) {
-        let Some((pos, slot)) = self.newest else { return };
-        let (page, offset) = self.at(pool, slot);
+    pub(super) fn mark_newest<E: Element>(&mut self, pool: &mut Pool<E>, protect: Protect) -> Result<(), Full> {
+        let Some((pos, slot)) = self.newest else { return Ok(()) };
+        let (page, offset) = self.own(pool, slot)?;
         if pool.page(page, offset + 1).mark[offset] {
-            return; // already waiting for its end
+            return Ok(()); // already waiting for its end
         }
         pool.set_mark(page, offset);
         if pos >= protect.sinks {
             self.pending.push_back((pos, slot));
         }
+        Ok(())
     }
 
     /// Writes an entry, over one that is dead to every query from `now` on if there is one.
@@ -73,7 +106,7 @@ impl Row {
             }
             _ => self.grow(pool)?,
         };
-        let (page, offset) = self.at(pool, slot);
+        let (page, offset) = self.own(pool, slot)?;
         pool.write(page, offset, entry);
         self.newest = Some((entry.pos, slot));
         if entry.mark && entry.pos >= protect.sinks {

@@ -190,7 +190,7 @@ impl Attention for Cuda {
         if spans.is_empty() {
             return Ok(y.to_dtype(q.dtype())?);
         }
-        let heads = self.heads(q)?;
+        let heads = self.multiplied(layer, self.heads(q)?)?;
         let lse = match tap {
             Tap::None => 0,
             Tap::Mass { .. } => self.control().lse()?,

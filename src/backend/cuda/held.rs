@@ -65,7 +65,8 @@ impl<'a> Gathered<'a> {
     fn vectors(&self, plane: Address, values: bool) -> Result<Tensor> {
         let (rows, cuda) = (self.rows()?, self.cuda);
         let out = output(&[self.count(), rows.max_len as usize, cuda.spec.head_dim], DType::F32, &cuda.device)?;
-        let params = GatherParams { rows, plane, out: tensor_address(&out)?, values: values as u32 };
+        let key_factors = if values { 0 } else { cuda.key_factors(self.layer) };
+        let params = GatherParams { rows, plane, out: tensor_address(&out)?, key_factors, values: values as u32 };
         // SAFETY: the order was made, `out` has the shape, the plane is one of the store's.
         unsafe { cuda.kernels.gather(&cuda.stream, cuda.element(), self.spans.len() as u32, &params) }
             .map_err(driver("gathering entries"))?;

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Storage, Tensor};
 use cudarc::driver::{
     CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice, ValidAsZeroBits, result,
 };
-use kvpolicy_kernels::{self as kernels, Address, Counters, Store};
+use kvpolicy_kernels::{self as kernels, Address, Counters, Kernels, PositionsParams, Store};
 use std::sync::Arc;
 
 /// Position, mark and score of an entry.
@@ -59,13 +59,12 @@ pub(super) struct Memory {
     counters: CudaSlice<Counters>,
     failed: CudaSlice<u64>,
     len: CudaSlice<u32>,
-    table: CudaSlice<u32>,
-    tag: CudaSlice<u32>,
     // Kept for their memory alone: kernels know the addresses.
     _planes: [CudaSlice<u8>; 2],
     _score: CudaSlice<f32>,
     _factor: Option<CudaSlice<u16>>,
     _rows: [CudaSlice<u32>; 3],
+    _tables: [CudaSlice<u32>; 2], // pages of the rows, tags
     _free_pages: CudaSlice<u32>,
 }
 
@@ -133,8 +132,7 @@ impl Memory {
             counters,
             failed,
             len,
-            table,
-            tag,
+            _tables: [table, tag],
             _planes: planes,
             _score: score,
             _factor: factor,
@@ -143,31 +141,28 @@ impl Memory {
         })
     }
 
-    /// Entries of a row. Waits for the device.
-    pub(super) fn row_len(&self, stream: &Arc<CudaStream>, row: usize) -> Result<usize> {
-        Ok(read(stream, &self.len, row, 1)?[0] as usize)
+    /// Entries of `n` rows from the first on, see [`Store::row_index`]. Waits for the device.
+    pub(super) fn row_lens(&self, stream: &Arc<CudaStream>, first: usize, n: usize) -> Result<Vec<u32>> {
+        stream.clone_dtoh(&self.len.slice(first..first + n)).map_err(driver("reading the store"))
     }
 
     /// Positions of a row in slot order. Waits for the device.
-    pub(super) fn row_positions(&self, stream: &Arc<CudaStream>, row: usize) -> Result<Vec<u32>> {
-        let (len, page_size) = (self.row_len(stream, row)?, 1 << self.store.page_shift);
-        let pages = read(stream, &self.table, row * self.store.max_pages as usize, len.div_ceil(page_size))?;
-        let mut positions = vec![];
-        for page in pages {
-            positions.extend(read(stream, &self.tag, page as usize * page_size, page_size)?);
+    pub(super) fn row_positions(&self, kernels: &Kernels, stream: &Arc<CudaStream>, row: usize) -> Result<Vec<u32>> {
+        let len = self.row_lens(stream, row, 1)?[0];
+        if len == 0 {
+            return Ok(vec![]);
         }
-        positions.truncate(len);
-        Ok(positions.into_iter().map(|tag| tag & (u32::MAX >> 1)).collect())
+        let out = alloc::<u32>(stream, len as usize)?;
+        let params = PositionsParams { store: self.store, out: address(&out), row: row as u32, len };
+        // SAFETY: the row has `len` entries, and there is room for as many.
+        unsafe { kernels.positions(stream, &params) }.map_err(driver("reading the store"))?;
+        stream.clone_dtoh(&out).map_err(driver("reading the store"))
     }
 }
 
 fn alloc<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>> {
     // SAFETY: `Kernels::clear` or the first kernel that uses it writes what is read.
     unsafe { stream.alloc(len.max(1)) }.map_err(driver("allocating the store"))
-}
-
-fn read(stream: &Arc<CudaStream>, slice: &CudaSlice<u32>, first: usize, n: usize) -> Result<Vec<u32>> {
-    stream.clone_dtoh(&slice.slice(first..first + n)).map_err(driver("reading the store"))
 }
 
 /// Zeroed memory that outlives every step.

@@ -14,13 +14,13 @@ use kvpolicy_kernels::ObserveParams;
 /// The newest queries of every sequence in one layer: f32 `[seats, size, q_heads * head_dim]`, by position modulo size.
 #[derive(Debug)]
 pub(super) struct QueryRing {
-    data: CudaSlice<f32>,
-    size: usize,
+    pub(super) data: CudaSlice<f32>,
+    pub(super) size: usize,
 }
 
 /// Running sums over the queries of one sequence in one layer, as they were before RoPE; f64, so that the covariance
 /// survives the subtraction.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Observed {
     count: usize,
     sum: Option<Tensor>,   // [q_heads, head_dim]

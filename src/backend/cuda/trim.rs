@@ -49,7 +49,12 @@ impl Cuda {
         list.ok_or_else(|| Error::Config("a trim names a span that is not in the step begun last".into()))
     }
 
-    fn upload(&mut self, layer: usize, which: fn(&mut Asked) -> &mut Uploaded, words: Vec<u32>) -> Result<Address> {
+    pub(super) fn upload(
+        &mut self,
+        layer: usize,
+        which: fn(&mut Asked) -> &mut Uploaded,
+        words: Vec<u32>,
+    ) -> Result<Address> {
         let uploaded = which(&mut self.layers[layer].asked);
         if uploaded.holds(&words) {
             return Ok(uploaded.address());

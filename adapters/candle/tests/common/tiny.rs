@@ -164,6 +164,7 @@ impl Tiny {
         let (tokens, types): (Vec<_>, Vec<_>) = tokens.map(|(token, kind)| (String(token), I32(kind))).unzip();
         let template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+        let context = self.config()["max_position_embeddings"].as_u64().unwrap();
         let mut metadata = vec![
             ("tokenizer.ggml.model".to_string(), String("gpt2".to_string())),
             ("tokenizer.ggml.pre".to_string(), String("default".to_string())),
@@ -183,7 +184,7 @@ impl Tiny {
             (key("attention.layer_norm_rms_epsilon"), F32(1e-5)),
             (key("rope.dimension_count"), U32(self.head_dim as u32)),
             (key("rope.freq_base"), F32(self.extra["rope_theta"].as_f64().unwrap_or(10000.0) as f32)),
-            (key("context_length"), U32(512)),
+            (key("context_length"), U32(context as u32)),
         ];
         if let (Some(window), true) = (self.extra["sliding_window"].as_u64(), self.arch != "llama") {
             metadata.push((key("attention.sliding_window"), U32(window as u32)));

@@ -1,16 +1,9 @@
-use std::path::PathBuf;
-
 /// Why a server does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// What `--model` names cannot be served.
-    #[error("{}: {what}", path.display())]
-    Model {
-        /// The path as it was given.
-        path: PathBuf,
-        /// What is wrong and what to do.
-        what: String,
-    },
+    #[error(transparent)]
+    Model(#[from] kvpolicy_mistralrs::Error),
     /// A policy that does not parse.
     #[error(transparent)]
     Policy(#[from] kvpolicy::Error),

@@ -4,19 +4,11 @@ use crate::error::{Error, Result};
 use bytesize::ByteSize;
 use candle_core::{DType, Device};
 use kvpolicy::Registry;
-use kvpolicy_mistralrs::{CacheOptions, Figures, Hosting, register, unregister};
+use kvpolicy_mistralrs::{CacheOptions, Figures, Hosting, Loaded, load, register, unregister};
 use mistralrs_core::{
-    AddModelConfig, DefaultSchedulerMethod, DeviceMapSetting, EngineConfig, GGUFLoaderBuilder, GGUFSpecificConfig,
-    Loader, MistralRs, MistralRsBuilder, ModelDType, NormalLoaderBuilder, NormalLoaderType, NormalSpecificConfig,
-    Pipeline, SchedulerConfig, TokenSource,
+    AddModelConfig, DefaultSchedulerMethod, EngineConfig, MistralRs, MistralRsBuilder, SchedulerConfig,
 };
-use std::{
-    fmt,
-    num::NonZeroUsize,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
-use tokio::sync::Mutex;
+use std::{fmt, num::NonZeroUsize, path::PathBuf, sync::Arc};
 
 /// What is served, and within which bounds.
 #[derive(Debug, Clone, clap::Args)]
@@ -27,12 +19,16 @@ pub struct Options {
     /// A policy to serve the model under, such as `tova:budget=25%`; may be given several times.
     #[arg(long = "policy", default_value = "full")]
     pub policies: Vec<String>,
-    /// The most bytes that keys and values may take, such as 512MiB, for each policy [default: no limit].
+    /// The most bytes that keys and values may take, such as 512MiB, for each policy [default: no limit; on a GPU half of what
+    /// is free].
     #[arg(long)]
     pub kv_memory: Option<ByteSize>,
-    /// Type of stored keys and values: f32, f16 or bf16.
-    #[arg(long, default_value = "f32", value_parser = kv_dtype)]
-    pub kv_dtype: DType,
+    /// Type of stored keys and values: f32, f16 or bf16 [default: f32 on the CPU, bf16 on a GPU].
+    #[arg(long, value_parser = kv_dtype)]
+    pub kv_dtype: Option<DType>,
+    /// Where the model runs: cpu, cuda or cuda:N. In f32 on the CPU, in bf16 on a GPU.
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    pub device: Device,
     /// The most sequences that generate at a time, for each policy.
     #[arg(long, default_value = "64")]
     pub max_sequences: NonZeroUsize,
@@ -45,6 +41,22 @@ fn kv_dtype(text: &str) -> std::result::Result<DType, String> {
         "bf16" => Ok(DType::BF16),
         other => Err(format!("`{other}` is none of f32, f16, bf16")),
     }
+}
+
+pub(crate) fn device(text: &str) -> std::result::Result<Device, String> {
+    let unknown = || format!("`{text}` is no device: cpu, cuda or cuda:N");
+    let ordinal = match text.split_once(':') {
+        None if text == "cpu" => return Ok(Device::Cpu),
+        None if text == "cuda" => 0,
+        Some(("cuda", ordinal)) => ordinal.parse().map_err(|_| unknown())?,
+        _ => return Err(unknown()),
+    };
+    if cfg!(not(feature = "cuda")) {
+        return Err(
+            "this program was built without CUDA: build it with the feature `cuda`, which needs a toolkit".into()
+        );
+    }
+    Device::new_cuda(ordinal).map_err(|error| error.to_string())
 }
 
 /// A model under its policies, ready to be served.
@@ -61,8 +73,6 @@ impl fmt::Debug for Served {
     }
 }
 
-type Loaded = Arc<Mutex<dyn Pipeline + Send + Sync>>;
-
 impl Served {
     /// Loads the model, once for each policy. Must be called on a runtime of several threads, and while nobody else loads
     /// a model: whom it runs under is a matter of the process.
@@ -76,12 +86,15 @@ impl Served {
         if let Some(twice) = names.iter().enumerate().find_map(|(i, name)| names[..i].contains(name).then_some(name)) {
             return Err(Error::Option(format!("policy `{twice}` is named twice")));
         }
-        let cache = CacheOptions { kv_dtype: options.kv_dtype, kv_bytes: options.kv_memory.map(|size| size.as_u64()) };
-        let loader = loader(&options.model)?;
+        let cache = CacheOptions {
+            kv_dtype: options.kv_dtype,
+            kv_bytes: options.kv_memory.map(|size| size.as_u64()),
+            max_sequences: options.max_sequences.get(),
+        };
         let mut hostings = vec![];
         let mut under = |policy| {
             hostings.push(register(policy, &cache));
-            load(&*loader)
+            Ok(load(&options.model, &options.device)?)
         };
         let pipelines = policies.into_iter().map(&mut under).collect::<Result<Vec<_>>>();
         unregister();
@@ -107,12 +120,6 @@ impl Served {
     }
 }
 
-fn load(loader: &dyn Loader) -> Result<Loaded> {
-    let (dtype, mapper) = (ModelDType::F32, DeviceMapSetting::dummy());
-    let loaded = loader.load_model_from_hf(None, TokenSource::None, &dtype, &Device::Cpu, true, mapper, None, None);
-    loaded.map_err(|error| Error::Host(error.to_string()))
-}
-
 /// One engine a policy.
 async fn start(names: &[String], pipelines: Vec<Loaded>, most: NonZeroUsize) -> Result<Arc<MistralRs>> {
     let scheduler = || SchedulerConfig::DefaultScheduler { method: DefaultSchedulerMethod::Fixed(most) };
@@ -128,32 +135,4 @@ async fn start(names: &[String], pipelines: Vec<Loaded>, most: NonZeroUsize) -> 
         added.map_err(Error::Host)?;
     }
     Ok(host)
-}
-
-fn loader(model: &Path) -> Result<Box<dyn Loader>> {
-    let refuse = |what: String| Error::Model { path: model.into(), what };
-    // mistral.rs would look for what does not exist on the hub.
-    if model.is_dir() {
-        let dir = Some(model.display().to_string());
-        let arch = architecture(model).map_err(refuse)?;
-        let builder = NormalLoaderBuilder::new(NormalSpecificConfig::default(), None, None, dir, false, None);
-        return builder.build(Some(arch)).map_err(|error| Error::Host(error.to_string()));
-    }
-    let file = model.file_name().filter(|_| model.is_file());
-    let file = file.ok_or_else(|| refuse("there is no such file or folder".into()))?;
-    let dir = model.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let (dir, files) = (dir.display().to_string(), vec![file.to_string_lossy().into_owned()]);
-    Ok(GGUFLoaderBuilder::new(None, None, dir, files, GGUFSpecificConfig::default(), false, None).build())
-}
-
-/// By `model_type`: folders that NVIDIA's exporter wrote have no `architectures`, by which mistral.rs would go.
-fn architecture(dir: &Path) -> std::result::Result<NormalLoaderType, String> {
-    let config = std::fs::read(dir.join("config.json")).map_err(|error| format!("config.json: {error}"))?;
-    let config: serde_json::Value = serde_json::from_slice(&config).map_err(|error| format!("config.json: {error}"))?;
-    match config["model_type"].as_str() {
-        Some("llama") => Ok(NormalLoaderType::Llama),
-        Some("qwen2") => Ok(NormalLoaderType::Qwen2),
-        Some("qwen3") => Ok(NormalLoaderType::Qwen3),
-        other => Err(format!("its model_type {} is none of llama, qwen2, qwen3", other.unwrap_or("is missing and"))),
-    }
 }

@@ -1,6 +1,7 @@
 //! What clients may ask.
 
 use crate::{
+    answers::begun,
     metrics,
     models::Served,
     request::{Refusal, check_length, read},
@@ -34,10 +35,11 @@ pub fn router(served: Served) -> Router {
 type Body = Result<Json<Value>, JsonRejection>;
 
 async fn chat(State(served): State<Served>, body: Body) -> Result<Response, Refusal> {
-    let (sender, mut answers) = create_response_channel(None);
+    let (sender, answers) = create_response_channel(None);
     let parsed = chat_completion::parse_request(read(body)?, served.host.clone(), sender).await;
     let (request, streams) = parsed.map_err(Refusal::of)?;
     send(&served, request).await?;
+    let mut answers = begun(answers).await?;
     Ok(if streams {
         ChatCompletionResponder::Sse(chat_completion::create_streamer(answers, served.host, None, None)).into_response()
     } else {
@@ -46,10 +48,11 @@ async fn chat(State(served): State<Served>, body: Body) -> Result<Response, Refu
 }
 
 async fn complete(State(served): State<Served>, body: Body) -> Result<Response, Refusal> {
-    let (sender, mut answers) = create_response_channel(None);
+    let (sender, answers) = create_response_channel(None);
     let parsed = completions::parse_request(read(body)?, served.host.clone(), sender);
     let (request, streams) = parsed.map_err(Refusal::of)?;
     send(&served, request).await?;
+    let mut answers = begun(answers).await?;
     Ok(if streams {
         CompletionResponder::Sse(completions::create_streamer(answers, served.host, None, None)).into_response()
     } else {
@@ -73,10 +76,13 @@ async fn models(State(served): State<Served>) -> Json<Value> {
 }
 
 async fn measured(State(served): State<Served>) -> Response {
-    match metrics::text(&served) {
+    let text = move || metrics::text(&served).map_err(|error| error.to_string());
+    // Figures wait for the layer that is under way.
+    let text = tokio::task::spawn_blocking(text).await.map_err(|error| error.to_string()).flatten();
+    match text {
         Ok(text) => {
             ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
         }
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
     }
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use bytesize::ByteSize;
-use candle_core::DType;
+use candle_core::Device;
 use common::{endless, write};
 use futures::{StreamExt, future::join_all};
 use kvpolicy_mistralrs::Figures;
@@ -32,7 +32,7 @@ struct Server {
 fn options(model: PathBuf, policies: &[&str], kv_memory: Option<u64>) -> Options {
     let policies = policies.iter().map(|text| text.to_string()).collect();
     let (kv_memory, max_sequences) = (kv_memory.map(ByteSize::b), 64.try_into().unwrap());
-    Options { model, policies, kv_memory, kv_dtype: DType::F32, max_sequences }
+    Options { model, policies, kv_memory, kv_dtype: None, device: Device::Cpu, max_sequences }
 }
 
 impl Server {
@@ -55,17 +55,27 @@ impl Server {
         self.client.get(format!("{}{route}", self.url)).send().await.unwrap().text().await.unwrap()
     }
 
+    /// What a chat says in a stream.
+    async fn said(&self, body: &Value) -> String {
+        let chunks = self.chunks("/v1/chat/completions", body).await;
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect()
+    }
+
     /// The tokens of a stream, and its finish reason, after it has ended as it should.
     async fn stream(&self, route: &str, body: &Value) -> (usize, String) {
+        let chunks = self.chunks(route, body).await;
+        let last = chunks.last().unwrap();
+        let finish = last["choices"][0]["finish_reason"].as_str().unwrap().to_string();
+        (last["usage"]["completion_tokens"].as_u64().unwrap() as usize, finish)
+    }
+
+    async fn chunks(&self, route: &str, body: &Value) -> Vec<Value> {
         let answer = self.post(route, body).await;
         assert_eq!(answer.status(), StatusCode::OK, "{body}");
         let text = answer.text().await.unwrap();
         let mut events: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
         assert_eq!(events.pop(), Some("[DONE]"), "{text}");
-        let chunks: Vec<Value> = events.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
-        let last = chunks.last().unwrap();
-        let finish = last["choices"][0]["finish_reason"].as_str().unwrap().to_string();
-        (last["usage"]["completion_tokens"].as_u64().unwrap() as usize, finish)
+        events.iter().map(|event| serde_json::from_str(event).unwrap()).collect()
     }
 
     async fn idle(&self) {
@@ -103,7 +113,44 @@ async fn serves() {
     the_last_position_ends_a_sequence(&server).await;
     bad_options_are_told_why().await;
     the_program_serves(&server).await;
+    what_fits_nowhere_is_told().await;
+    streams_go_on_where_they_were_set_aside().await;
     sixty_four_streams(1).await;
+}
+
+const PAGES: u64 = 16 * (2 * 16 * 4 + 9) * 4; // one for each of the model's 4 rows
+
+/// Read whole, the prompt takes 19 pages in each row.
+async fn what_fits_nowhere_is_told() {
+    let server = Server::start(&["full"], Some(12 * PAGES)).await;
+    for stream in [false, true] {
+        for (route, body) in [
+            ("/v1/chat/completions", chat("full", &text(300), 4, stream)),
+            ("/v1/completions", json!({"prompt": text(300), "max_tokens": 4, "stream": stream})),
+        ] {
+            let answer = server.post(route, &body).await;
+            assert_eq!(answer.status(), StatusCode::BAD_REQUEST, "{route}, stream: {stream}");
+            let why = answer.text().await.unwrap();
+            assert!(why.contains("the sequence needs more than all memory for keys and values"), "{why}");
+        }
+    }
+    assert_eq!(server.stream("/v1/chat/completions", &chat("full", "hello", 4, true)).await.0, 4);
+}
+
+/// Six streams need twice what the pool holds. Each says what it would say alone.
+async fn streams_go_on_where_they_were_set_aside() {
+    let server = Server::start(&["full"], Some(20 * PAGES)).await;
+    let ask = |i: usize| chat("full", &text(30 + 5 * i), 80, true);
+    let mut alone = vec![];
+    for i in 0..6 {
+        alone.push(server.said(&ask(i)).await);
+    }
+    assert_eq!(server.figures("full").served.set_aside, 0);
+    let bodies: Vec<Value> = (0..6).map(ask).collect();
+    assert_eq!(join_all(bodies.iter().map(|body| server.said(body))).await, alone);
+    server.idle().await;
+    let figures = server.figures("full");
+    assert!(figures.served.set_aside > 0 && figures.usage.bytes_peak <= 20 * PAGES, "{figures:?}");
 }
 
 async fn a_policy_is_a_model(server: &Server) {
@@ -161,6 +208,8 @@ async fn bad_requests_are_told_why(server: &Server) {
         (json!({"repetition_penalty": 0}), "repetition_penalty=0 is not accepted: at least 0.01 and at most 10"),
         (json!({"n": 2, "stream": true}), "n=2 is not accepted with stream"),
         (json!({"messages": []}), "there are no messages"),
+        (json!({"grammar": {"type": "regex", "value": "(" }}), "regex"),
+        (json!({"grammar": {"type": "regex", "value": "(" }, "stream": true}), "regex"),
         (json!({"messages": image}), "a part of type \"image_url\": the model reads text only"),
         (
             json!({"messages": [{"role": "user", "content": "a".repeat(600)}], "stream": true}),

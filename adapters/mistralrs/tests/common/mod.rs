@@ -60,8 +60,12 @@ pub fn gguf_loader(file: &Path) -> Box<dyn Loader> {
 pub type Pipeline = Arc<tokio::sync::Mutex<dyn mistralrs_core::Pipeline + Send + Sync>>;
 
 pub fn load(loader: &dyn Loader) -> anyhow::Result<Pipeline> {
-    let (dtype, mapper) = (ModelDType::F32, DeviceMapSetting::dummy());
-    loader.load_model_from_hf(None, TokenSource::None, &dtype, &Device::Cpu, true, mapper, None, None)
+    load_on(loader, &Device::Cpu, ModelDType::F32)
+}
+
+pub fn load_on(loader: &dyn Loader, device: &Device, dtype: ModelDType) -> anyhow::Result<Pipeline> {
+    let mapper = DeviceMapSetting::dummy();
+    loader.load_model_from_hf(None, TokenSource::None, &dtype, device, true, mapper, None, None)
 }
 
 pub async fn start(pipeline: Pipeline) -> Arc<MistralRs> {
@@ -80,6 +84,36 @@ pub struct Asked {
 
 /// `at`: called on the host's thread before each token is chosen, with the number of tokens before it.
 pub async fn ask(host: &MistralRs, prompt: &[u32], tokens: usize, at: impl Fn(usize) + Send + Sync + 'static) -> Asked {
+    send(host, prompt, tokens, move |step, logits| {
+        at(step);
+        Ok(logits.clone())
+    })
+    .await
+}
+
+/// As [`ask`], for these tokens, whichever are likely.
+pub async fn follow(
+    host: &MistralRs,
+    prompt: &[u32],
+    text: &[u32],
+    at: impl Fn(usize) + Send + Sync + 'static,
+) -> Asked {
+    let next = text.to_vec();
+    send(host, prompt, text.len(), move |step, logits| {
+        at(step);
+        let only: Vec<f32> = (0..logits.elem_count() as u32).map(|token| (token == next[step]) as u8 as f32).collect();
+        Tensor::from_vec(only, logits.dims(), logits.device())
+    })
+    .await
+}
+
+/// As [`ask`]; `choose` makes of each step's logits, and its number, those that decide.
+pub async fn send(
+    host: &MistralRs,
+    prompt: &[u32],
+    tokens: usize,
+    choose: impl Fn(usize, &Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+) -> Asked {
     let (sender, answers) = tokio::sync::mpsc::channel(64);
     let sampling = SamplingParams { max_len: Some(tokens), ..SamplingParams::deterministic() };
     let prompt = RequestMessage::CompletionTokens(prompt.to_vec());
@@ -87,9 +121,10 @@ pub async fn ask(host: &MistralRs, prompt: &[u32], tokens: usize, at: impl Fn(us
     let seen: Arc<Mutex<Vec<Vec<f32>>>> = Arc::default();
     let record = seen.clone();
     let look = move |logits: &Tensor, _: &[u32]| {
-        at(record.lock().unwrap().len());
+        let step = record.lock().unwrap().len();
+        let chosen = choose(step, logits)?;
         record.lock().unwrap().push(logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
-        Ok(logits.clone())
+        Ok(chosen)
     };
     request.logits_processors = Some(vec![Arc::new(look)]);
     host.get_sender(None).unwrap().send(Request::Normal(Box::new(request))).await.unwrap();
@@ -171,6 +206,22 @@ pub fn by_candle(model: &Path, policy: Arc<dyn Policy>, prompt: &[u32], tokens: 
     while all.len() < tokens {
         let next = greedy(&all[all.len() - 1..])[0];
         all.push(session.decode(next).unwrap().to_vec1().unwrap());
+    }
+    (all, session.stats().evicted)
+}
+
+/// The same for these tokens, whichever are likely.
+pub fn by_candle_following(
+    model: &Path,
+    policy: Arc<dyn Policy>,
+    prompt: &[u32],
+    text: &[u32],
+) -> (Vec<Vec<f32>>, u64) {
+    let lm = Lm::load(&model.display().to_string(), &LoadOptions::default()).unwrap();
+    let mut session = lm.session(policy, &Default::default()).unwrap();
+    let mut all = vec![session.prefill(prompt, true).unwrap().to_vec1().unwrap()];
+    for &token in &text[..text.len() - 1] {
+        all.push(session.decode(token).unwrap().to_vec1().unwrap());
     }
     (all, session.stats().evicted)
 }

@@ -6,7 +6,8 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 use kvpolicy_kernels::{
     Address, AppendParams, Counters, Dtype, GatherParams, Kernels, LayerPlan, ListedRows, Marks, MassParams,
-    ObserveParams, OrderParams, PlanParams, PrefillParams, PrefillShape, Protect, Ring, Span, Store, TrimParams,
+    ObserveParams, OrderParams, PlanParams, PrefillParams, PrefillShape, Protect, Ring, Sharing, Span, Store,
+    TrimParams,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use std::sync::Arc;
@@ -152,6 +153,7 @@ impl Rig {
     pub(super) fn plan(&self, tokens: &Tokens) -> Result<()> {
         let params = PlanParams {
             store: self.store,
+            sharing: Sharing::default(),
             spans: self.at(&tokens.spans),
             layers: self.at(&self.layer_plans),
             span_count: tokens.list.len() as u32,
@@ -171,6 +173,7 @@ impl Rig {
             v: self.at(&self.v),
             bits: 0,
             scores: self.at(&self.scores),
+            key_factors: 0,
             spans: self.at(&tokens.spans),
             span_of: self.at(&tokens.span_of),
             k_stride: self.store.heads * self.store.head_dim,
@@ -257,7 +260,7 @@ impl Rig {
     pub(super) fn refill(&self) -> Result<()> {
         for seat in 0..self.store.seats {
             // SAFETY: the store's own addresses.
-            unsafe { self.kernels.vacate(&self.stream, self.store, seat) }?;
+            unsafe { self.kernels.vacate(&self.stream, self.store, Sharing::default(), seat) }?;
         }
         self.plan(&self.fill)?;
         (0..self.layers).try_for_each(|layer| self.append(layer, &self.fill))
@@ -284,8 +287,13 @@ impl Rig {
 
     /// Copies the keys in the order that was found last.
     pub(super) fn gather(&self, layer: usize, tokens: &Tokens) -> Result<()> {
-        let params =
-            GatherParams { rows: self.listed(layer, tokens), plane: self.store.k, out: self.at(&self.out), values: 0 };
+        let params = GatherParams {
+            rows: self.listed(layer, tokens),
+            plane: self.store.k,
+            out: self.at(&self.out),
+            key_factors: 0,
+            values: 0,
+        };
         // SAFETY: as in `plan`; `order` was made, by a layer whose rows are as long.
         Ok(unsafe { self.kernels.gather(&self.stream, Dtype::Bf16, self.batch as u32, &params) }?)
     }

@@ -287,6 +287,14 @@ pub(crate) async fn sampled<T>(sequence: &Sequence, sampled: Result<T>) -> Optio
     None
 }
 
+/// A view on a device, without the rest of its storage: batches of logits would go once for each of their sequences.
+pub(crate) fn alone_to_device(view: &Tensor, device: &Device) -> Result<Tensor> {
+    if view.device().same_device(device) {
+        return Ok(view.clone());
+    }
+    view.force_contiguous()?.to_device(device)
+}
+
 /// Where the text of `bytes` is at a position among them: what is no UTF-8 has another length as text.
 pub(crate) fn place_in_text(bytes: &[u8], at: usize) -> usize {
     String::from_utf8_lossy(&bytes[..at.min(bytes.len())]).len()
