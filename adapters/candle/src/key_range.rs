@@ -1,11 +1,12 @@
 //! How large the components of a model's keys become, as a store of 8 bits wants to know.
 
 use crate::{
+    config::Config,
     error::{Error, Result},
     model::Model,
     session::{Session, SessionOptions},
 };
-use kvpolicy::{Error as CacheError, KeyRange, LayerCx, ModelSpec, NewTokens, Policy, Verdict};
+use kvpolicy::{Error as CacheError, KeyRange, LayerCx, NewTokens, Policy, Verdict};
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError},
@@ -38,25 +39,26 @@ impl Policy for Watch {
 pub(crate) fn key_range(model: &Model) -> Result<KeyRange> {
     let (spec, vocab) = (model.config().spec(), model.config().vocab);
     let watch = Arc::new(Watch { largest: Mutex::default() });
-    let tokens = TOKENS.min(model.config().max_context);
+    // No window ends: every layer is under the watch.
+    let windows = (0..spec.layers).filter_map(|layer| model.config().window(layer)).map(|window| window as usize);
+    let tokens = windows.chain([TOKENS, model.config().max_context]).min().unwrap_or(TOKENS);
     let options = SessionOptions { max_tokens: Some(tokens), ..SessionOptions::default() };
     let text: Vec<u32> = (0..tokens).map(|i| (i * 7919 % vocab) as u32).collect();
-    Session::new(model, None, watch.clone(), &options)?.prefill(&text, true)?;
+    Session::under(model, None, watch.clone(), &options)?.prefill(&text, true)?;
     let layers = watch.largest.lock().unwrap_or_else(PoisonError::into_inner);
     if layers.len() != spec.layers {
         return Err(Error::Model(format!("keys of {} layers were seen of {}", layers.len(), spec.layers)));
     }
-    let largest: Vec<f32> = layers.iter().flat_map(|layer| over_pairs(&spec, layer)).collect();
+    let largest: Vec<f32> = layers.iter().flat_map(|layer| over_pairs(model.config(), layer)).collect();
     Ok(KeyRange::of_largest(&largest))
 }
 
-/// Each component with the one that RoPE turns it into at other positions.
-fn over_pairs(spec: &ModelSpec, largest: &[f32]) -> Vec<f32> {
-    let mut out = largest.to_vec();
-    let Some(rope) = &spec.rope else { return out };
-    for head in out.chunks_mut(spec.head_dim) {
-        for i in 0..spec.head_dim / 2 {
-            let (a, b) = rope.pair(i, spec.head_dim);
+/// Each component with the one that RoPE turns it into at other positions; layers differ in how far, not in the pairs.
+fn over_pairs(config: &Config, largest: &[f32]) -> Vec<f32> {
+    let (mut out, d) = (largest.to_vec(), config.head_dim);
+    for head in out.chunks_mut(d) {
+        for i in 0..d / 2 {
+            let (a, b) = config.rope.pair(i, d);
             let both = head[a].max(head[b]);
             (head[a], head[b]) = (both, both);
         }

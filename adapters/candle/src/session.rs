@@ -88,10 +88,20 @@ impl<'a> Session<'a> {
         policy: Arc<dyn Policy>,
         options: &SessionOptions,
     ) -> Result<Self> {
+        let policy = model.config().policy(policy, options.max_tokens(model))?;
+        Self::under(model, gates, policy, options)
+    }
+
+    /// Under a policy that has the windows of the model, or where none ends.
+    pub(crate) fn under(
+        model: &'a Model,
+        gates: Option<Arc<Gates>>,
+        policy: Arc<dyn Policy>,
+        options: &SessionOptions,
+    ) -> Result<Self> {
         let mut spec = model.spec(options.kv_dtype(model))?;
         spec.gates = gates.as_ref().map(|gates| gates.spec());
         let max_tokens = options.max_tokens(model);
-        let policy = model.config().policy(policy, max_tokens)?;
         let mut cache = KvCache::new(spec.clone(), policy, options.store(model, &spec)?)?;
         let seq = cache.open();
         Ok(Self { model, gates, cache, seq, max_tokens, chunk: CHUNK[model.device().is_cuda() as usize] })

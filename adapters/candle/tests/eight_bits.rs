@@ -51,6 +51,28 @@ fn the_range_of_keys_is_that_of_the_weights() {
     }
 }
 
+/// Layers with a window, or with a RoPE of their own, are ranged as well.
+#[test]
+fn layers_that_differ_have_their_range() {
+    for (arch, extra) in [
+        ("mistral", json!({"sliding_window": 8})),
+        ("smollm3", json!({"no_rope_layer_interval": 2})),
+        ("gemma3_text", json!({"sliding_window": 8, "sliding_window_pattern": 2})),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        Tiny::new(arch, 2, HEAD_DIM, false, extra).write_dir(dir.path());
+        let (model, _) = Model::from_dir(dir.path(), &LoadOptions::default()).unwrap();
+        let factors = model.key_range().unwrap().factors();
+        assert_eq!(factors.len(), LAYERS * 2 * HEAD_DIM, "{arch}");
+        for head in factors.chunks(HEAD_DIM) {
+            assert_eq!(head[..HEAD_DIM / 2], head[HEAD_DIM / 2..], "{arch}");
+        }
+        let options = SessionOptions { kv_dtype: Some(DType::U8), ..SessionOptions::default() };
+        let mut session = Session::new(&model, None, Arc::new(Full {}), &options).unwrap();
+        session.prefill(&(0..40).collect::<Vec<_>>(), true).unwrap();
+    }
+}
+
 #[test]
 fn large_biases_cost_the_other_components_no_bits() {
     let dir = tempfile::tempdir().unwrap();
