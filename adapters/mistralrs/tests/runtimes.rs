@@ -7,7 +7,7 @@ use candle_core::{Device, quantized::GgmlDType};
 use common::{endless, policy, prompt, write};
 use futures_util::StreamExt;
 use kvpolicy::{
-    Stats,
+    Registry, Stats,
     compare::{self, Contender, Contest, Generating, Plan, Progress, Sample, Subject, Task},
     runtime::Runtime,
 };
@@ -17,6 +17,21 @@ use serde_json::json;
 use std::path::Path;
 
 const POLICIES: [&str; 3] = ["full", "window:size=24,sinks=4", "tova:budget=32"];
+/// With those all that a policy may be called; `dms` needs gates, and tests/gates.rs has it.
+const OTHERS: [&str; 12] = [
+    "h2o:budget=32",
+    "snapkv:budget=32,window=8",
+    "knorm:budget=32",
+    "keydiff:budget=32",
+    "expected-attention:budget=32",
+    "rkv:budget=32",
+    "random:budget=32",
+    "random-gate:rate=0.5,window=8",
+    "adakv(snapkv:budget=32,window=8)",
+    "pyramid(snapkv:budget=32,window=8)",
+    "per-layer(0=full; rest=tova:budget=24)",
+    "every(4, tova:budget=32)",
+];
 
 /// One test: whom a model is loaded under is a matter of the process.
 #[tokio::test(flavor = "multi_thread")]
@@ -29,6 +44,7 @@ async fn runtimes_agree() {
     for model in [dir.path(), &file] {
         let (candle, mistral) = (in_candle(model), in_mistral(model).await);
         the_same_text(&candle, &mistral).await;
+        under_any_policy(&candle, &mistral).await;
         prompts_that_fail_are_told(&mistral).await;
         tokio::task::spawn_blocking(|| {
             the_same_comparison(Generating(candle), Generating(mistral));
@@ -72,6 +88,21 @@ async fn the_same_text(candle: &dyn Runtime, mistral: &dyn Runtime) {
     assert!(unknown.contains("the model has no decision gates"), "{unknown}");
     let spoken = [candle, mistral].map(|runtime| runtime.encode(&runtime.chat("hello").unwrap()).unwrap());
     assert_eq!(spoken[0], spoken[1]);
+}
+
+async fn under_any_policy(candle: &dyn Runtime, mistral: &dyn Runtime) {
+    let named = |name: &str| POLICIES.iter().chain(&OTHERS).any(|text| text.split([':', '(']).next() == Some(name));
+    for entry in Registry::standard().entries() {
+        assert!(entry.info.name == "dms" || named(entry.info.name), "{} is missing", entry.info.name);
+    }
+    for text in OTHERS {
+        for runtime in [candle, mistral] {
+            runtime.load(&policy(text)).await.unwrap();
+        }
+        let here = generated(mistral, 70, 20, 20).await;
+        assert_eq!(here, generated(candle, 70, 20, 20).await, "{text}");
+        assert!(here.1.evicted > 0, "{text}");
+    }
 }
 
 async fn prompts_that_fail_are_told(mistral: &dyn Runtime) {
