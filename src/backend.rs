@@ -52,7 +52,7 @@ pub trait Storage {
     /// The spans' entries as a policy sees them.
     fn held<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Result<Box<dyn Held + 'a>>;
     /// Gives `to`, which holds nothing, what `from` holds. In a layer of which `share` says so both keep the same pages,
-    /// and whichever writes to one first copies it; in the others all is copied now.
+    /// and whichever writes to one first copies it; in the others all is copied now. `share`: `[layers]`.
     ///
     /// # Errors
     /// [`Error::PoolExhausted`] if the pool has no room for the copies: nothing has changed then.

@@ -114,10 +114,10 @@ struct Answers<'a> {
 }
 
 impl Answers<'_> {
-    /// Each chooses a token by its row of the logits, `[chains, vocab]`, or ends.
-    fn choose(&mut self, chains: &[usize], logits: &Tensor) -> Result<()> {
+    /// Chains choose a token, each by a row of the logits, or end. `of`: `(row, chain)`; `logits`: `[rows, vocab]`.
+    fn choose(&mut self, of: &[(usize, usize)], logits: &Tensor) -> Result<()> {
         self.next.clear();
-        for (row, &chain) in chains.iter().enumerate() {
+        for &(row, chain) in of {
             let answer = &mut self.answers[chain];
             let token = answer.choose(&logits.get(row)?)?;
             match token.filter(|_| answer.tokens < self.most && self.chains.has_room(chain)) {
@@ -130,13 +130,10 @@ impl Answers<'_> {
 
     fn step(&mut self) -> Result<()> {
         let (logits, lost) = self.chains.decode(&self.next)?;
-        let gone: Vec<usize> = lost.iter().map(|(chain, _)| *chain).collect();
+        let mut living: Vec<(usize, usize)> = self.next.iter().map(|&(chain, _)| chain).enumerate().collect();
+        living.retain(|(_, chain)| !lost.iter().any(|(gone, _)| gone == chain));
         self.lost.extend(lost.into_iter().map(|(_, error)| error));
-        let rows: Vec<u32> =
-            (0..).zip(&self.next).filter(|(_, (chain, _))| !gone.contains(chain)).map(|(row, _)| row).collect();
-        let chains: Vec<usize> = rows.iter().map(|&row| self.next[row as usize].0).collect();
-        let logits = logits.index_select(&Tensor::new(rows, logits.device())?, 0)?;
-        self.choose(&chains, &logits)
+        self.choose(&living, &logits)
     }
 }
 
@@ -163,8 +160,8 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let (start, chains) = (Instant::now(), session.chains(args.n)?);
     let answers = (0..args.n).map(|i| Answer::new(args, hosted.lm.tokenizer(), i)).collect();
     let mut all = Answers { chains, answers, most, next: vec![], lost: vec![] };
-    let logits = logits.unsqueeze(0)?.repeat((args.n, 1))?;
-    all.choose(&(0..args.n).collect::<Vec<_>>(), &logits)?;
+    let first: Vec<(usize, usize)> = (0..args.n).map(|chain| (0, chain)).collect();
+    all.choose(&first, &logits.unsqueeze(0)?)?;
     let mut begun_bytes = None; // with a token in each answer
     while !all.next.is_empty() {
         if let [alone] = &mut all.answers[..] {

@@ -30,10 +30,6 @@ namespace {
 
 constexpr int THREADS = 1024;
 
-__device__ uint32_t pages_of(const Store &store, uint32_t row) {
-    return (store.len[row] + (1u << store.page_shift) - 1) >> store.page_shift;
-}
-
 // Row i of all that a seat has.
 __device__ uint32_t row_of(const Store &store, uint32_t i, uint32_t seat) {
     return store.row(i / store.heads, seat, i % store.heads);
@@ -42,7 +38,7 @@ __device__ uint32_t row_of(const Store &store, uint32_t i, uint32_t seat) {
 // A warp gives a row what another holds. New pages come from the free stack below `top`.
 __device__ void fork_row(const ForkParams &p, uint32_t i, uint32_t top, uint32_t *taken) {
     const Store &store = p.store;
-    const uint32_t from = row_of(store, i, p.from), to = row_of(store, i, p.to), pages = pages_of(store, from);
+    const uint32_t from = row_of(store, i, p.from), to = row_of(store, i, p.to), pages = store.pages_for(store.len[from]);
     const uint32_t *old = store.table + (size_t)from * store.max_pages;
     uint32_t *table = store.table + (size_t)to * store.max_pages;
     if (p.share[i / store.heads]) {
@@ -91,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fork(const __grid_constant
     const uint32_t rows = store.layers * store.heads, available = store.counters->free;
     uint32_t pages = 0, need;
     for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x) {
-        if (!p.share[i / store.heads]) pages += pages_of(store, row_of(store, i, p.from));
+        if (!p.share[i / store.heads]) pages += store.pages_for(store.len[row_of(store, i, p.from)]);
     }
     block_prefix(pages, need);
     if (threadIdx.x == 0) {

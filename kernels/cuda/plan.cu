@@ -44,9 +44,6 @@ struct Grower {
     __device__ uint32_t row_of(uint32_t i) const {
         return p.store.row(layer_of(i), p.spans[span_of(i)].seat, i % p.store.heads);
     }
-    __device__ uint32_t pages_for(uint32_t entries) const {
-        return (entries + (1u << p.store.page_shift) - 1) >> p.store.page_shift;
-    }
     // The slot of an entry that this step's token may overwrite.
     __device__ uint32_t reusable(uint32_t i, uint32_t row, uint32_t len) const {
         const Span span = p.spans[span_of(i)];
@@ -90,7 +87,7 @@ __device__ void choose_targets(const Grower &g, const Shared &shared) {
         uint32_t copies = g.p.sharing.more ? choose_copies(g.p, row) : 0;
         if (copies > 0) atomicAdd(&shared.need[s], (unsigned long long)copies);
         if (reuse != NONE) continue;
-        uint32_t pages = g.pages_for(len + g.p.spans[s].len), owned = g.p.store.owned[row];
+        uint32_t pages = g.p.store.pages_for(len + g.p.spans[s].len), owned = g.p.store.owned[row];
         if (pages > g.p.store.max_pages) atomicAdd(&shared.need[s], 1ull << 40); // no pool is that large
         else if (pages > owned) atomicAdd(&shared.need[s], (unsigned long long)(pages - owned));
     }
@@ -111,7 +108,7 @@ __device__ void grant(const Grower &g, const Shared &shared, uint32_t first, uin
             row = g.row_of(i);
             uint32_t len = store.len[row], growth = g.growth(i, row, len);
             owned = store.owned[row];
-            uint32_t pages = g.pages_for(len + growth);
+            uint32_t pages = g.p.store.pages_for(len + growth);
             need = pages > owned ? pages - owned : 0;
             if (need > 0) offset = shared.base[s] - atomicAdd(&shared.taken[s], need);
             store.len[row] = len + growth;

@@ -41,6 +41,8 @@ struct Store {
     __device__ uint32_t row(uint32_t layer, uint32_t seat, uint32_t head) const {
         return (layer * seats + seat) * heads + head;
     }
+    // Pages that so many entries of a row take.
+    __device__ uint32_t pages_for(uint32_t entries) const { return (entries + (1u << page_shift) - 1) >> page_shift; }
     // Index of an entry in the planes.
     __device__ size_t entry(uint32_t row, uint32_t slot) const {
         uint32_t page = table[(size_t)row * max_pages + (slot >> page_shift)];

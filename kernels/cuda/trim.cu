@@ -412,7 +412,7 @@ __device__ uint32_t pack(const Rows &rows, uint64_t cut, uint64_t *memory) {
 // Puts the pages that a row of `len` entries does not need on the free stack.
 __device__ void give_pages(const Store &store, uint32_t row, uint32_t len) {
     __shared__ uint32_t base;
-    const uint32_t owned = store.owned[row], kept = (len + (1u << store.page_shift) - 1) >> store.page_shift;
+    const uint32_t owned = store.owned[row], kept = store.pages_for(len);
     if (owned <= kept) return;
     if (threadIdx.x == 0) base = atomicAdd(&store.counters->free, owned - kept);
     __syncthreads();

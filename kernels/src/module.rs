@@ -34,6 +34,12 @@ impl Dtype {
         }
     }
 
+    /// Bytes of an entry's key and value of `head_dim` components, the exponents of their factors included.
+    pub fn entry_bytes(self, head_dim: usize) -> usize {
+        let factors = if self.bytes() == 1 { 2 } else { 0 };
+        2 * head_dim * self.bytes() as usize + factors
+    }
+
     /// Bytes of an element.
     pub fn bytes(self) -> u32 {
         match self {

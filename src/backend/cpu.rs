@@ -101,10 +101,10 @@ impl<E: Element> Cpu<E> {
         })
     }
 
-    /// What the stored components of a head's keys are to be multiplied by, `[head_dim]`.
-    fn key_factors(&self, layer: usize, head: usize) -> Option<&[f32]> {
-        let d = self.spec.head_dim;
-        Some(&self.key_factors.as_ref()?[(layer * self.spec.kv_heads + head) * d..][..d])
+    /// What the stored components of a layer's keys are to be multiplied by, `[kv_heads, head_dim]`.
+    fn key_factors(&self, layer: usize) -> Option<&[f32]> {
+        let width = self.spec.kv_heads * self.spec.head_dim;
+        Some(&self.key_factors.as_ref()?[layer * width..][..width])
     }
 
     fn row(&self, layer: usize, seq: SeqId, head: usize) -> Option<&Row> {
@@ -247,10 +247,8 @@ impl<E: Element> Storage for Cpu<E> {
         protect: Protect,
     ) -> Result<()> {
         let mut tokens = Tokens::read(new, verdict)?;
-        if let Some(factors) = &self.key_factors {
-            let width = self.spec.kv_heads * self.spec.head_dim;
-            let factors = factors[layer * width..][..width].iter().cycle();
-            tokens.k.iter_mut().zip(factors).for_each(|(k, factor)| *k /= factor);
+        if let Some(factors) = self.key_factors(layer) {
+            tokens.k.iter_mut().zip(factors.iter().cycle()).for_each(|(k, factor)| *k /= factor);
         }
         for (first, span) in offsets(spans) {
             if self.failures.contains_key(&span.seq) {

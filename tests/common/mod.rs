@@ -235,6 +235,14 @@ pub(crate) fn weave(rng: &mut Rng, lives: Vec<Vec<Move>>) -> Vec<Work> {
     steps
 }
 
+/// Four sequences of `tokens` more tokens, such as a parent and its forks, go on together in random chunks, decode and further
+/// turns; all but one begin with decode.
+pub(crate) fn forked_script(seed: u64, tokens: usize, longest: usize) -> Vec<Work> {
+    let mut rng = Rng(seed);
+    let lives = [5, 0, 1, 9].map(|n| [vec![(1, DECODE); n], life(&mut rng, tokens - n, longest)].concat());
+    weave(&mut rng, lives.to_vec())
+}
+
 /// The largest difference.
 pub(crate) fn worst(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());

@@ -3,10 +3,10 @@
 use crate::{
     MARKING,
     common::{
-        DECODE, LAST, MORE, Rng, Stream, Work, complete, gpu, life,
+        DECODE, LAST, MORE, Stream, Work, complete, forked_script, gpu,
         play::{Play, store},
         policies::EVERY_POLICY,
-        policy, weave,
+        policy,
     },
     config, on_gpu, rounded, same_lives,
 };
@@ -20,13 +20,6 @@ fn fork_thrice(play: &mut Play, streams: &[Stream]) {
     for (parent, stream) in [(0, 1), (0, 2), (2, 3)] {
         play.fork(parent, streams[stream].clone()).unwrap();
     }
-}
-
-/// They go on together in random chunks, decode and further turns; all but one begin with decode.
-fn after(seed: u64, at: usize) -> Vec<Work> {
-    let mut rng = Rng(seed);
-    let lives = [5, 0, 1, 9].map(|n| [vec![(1, DECODE); n], life(&mut rng, TOKENS - at - n, 30)].concat());
-    weave(&mut rng, lives.to_vec())
 }
 
 fn forked_lives(device: &Device, spec: &ModelSpec, text: &str, config: &CudaConfig, last: Phase, tolerance: f32) {
@@ -44,7 +37,7 @@ fn forked_lives(device: &Device, spec: &ModelSpec, text: &str, config: &CudaConf
     let at = gpu.actors[0].at;
     let what = format!("{text}, pages of {}, {:?}, forked after {last:?}", config.page_size, config.dtype);
     let rows = tolerance < 1e-3 || MARKING.contains(&text);
-    same_lives(&mut cpu, &mut gpu, &after(at as u64, at), tolerance, rows, &what);
+    same_lives(&mut cpu, &mut gpu, &forked_script(at as u64, TOKENS - at, 30), tolerance, rows, &what);
     gpu.cache.wait().unwrap();
     let usage = gpu.cache.usage();
     let held: usize = (0..4).flat_map(|who| gpu.rows(who)).map(|row| row.len()).sum();

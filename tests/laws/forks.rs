@@ -1,10 +1,10 @@
 //! A fork is, to the bit, a sequence that did all its parent did; what both hold is stored once until one of them writes.
 
 use crate::common::{
-    DECODE, LAST, MORE, Rng, Stream, Work, complete, life,
+    DECODE, LAST, MORE, Stream, complete, forked_script,
     play::{Play, store},
     policies::EVERY_POLICY,
-    policy, weave,
+    policy,
 };
 use candle_core::DType;
 use kvpolicy::{CpuConfig, Error, ModelSpec, Phase, cpu};
@@ -30,15 +30,6 @@ fn before(phase: Phase) -> Vec<(usize, Phase)> {
     }
 }
 
-/// A parent, two of its forks and a fork of a fork go on together in random chunks, decode and further turns; all but one
-/// begin with decode.
-fn after(seed: u64, at: usize) -> Vec<Work> {
-    let mut rng = Rng(seed);
-    let decode = |n| vec![(1, DECODE); n];
-    let lives = [5, 0, 1, 9].map(|n| [decode(n), life(&mut rng, TOKENS - at - n, 9)].concat());
-    weave(&mut rng, lives.to_vec())
-}
-
 fn forked_lives(text: &str, phase: Phase, dtype: DType) {
     let (before, at) = (before(phase), before(phase).iter().map(|(len, _)| len).sum());
     let play = || Play::on(store(&spec(), PAGE, dtype), &spec(), policy(text));
@@ -55,7 +46,7 @@ fn forked_lives(text: &str, phase: Phase, dtype: DType) {
     forked.fork(0, streams[2].clone()).unwrap();
     forked.fork(2, streams[3].clone()).unwrap();
 
-    for (i, work) in after(at as u64, at).into_iter().enumerate() {
+    for (i, work) in forked_script(at as u64, TOKENS - at, 9).into_iter().enumerate() {
         alone.run(std::slice::from_ref(&work));
         forked.run(std::slice::from_ref(&work));
         let usage = [&alone, &forked].map(|play| play.cache.usage());

@@ -94,7 +94,8 @@ impl<E: Element> Layer<'_, E> {
         let start = |token: usize| ((job.first + token) * self.cpu.spec.q_heads) * d + job.head * width;
         let mut queries: Vec<f32> =
             tokens.flat_map(|t| self.queries[start(t)..][..width].iter().map(move |x| x * scale)).collect();
-        if let Some(factors) = self.cpu.key_factors(self.layer, job.head) {
+        if let Some(factors) = self.cpu.key_factors(self.layer) {
+            let factors = &factors[job.head * d..][..d];
             queries.iter_mut().zip(factors.iter().cycle()).for_each(|(q, factor)| *q *= factor);
         }
         queries

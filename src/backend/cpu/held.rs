@@ -68,15 +68,11 @@ impl<'a, E: Element> Gathered<'a, E> {
 impl<E: Element> Held for Gathered<'_, E> {
     fn keys(&self) -> Result<Tensor> {
         let keys = self.vectors(false)?;
-        let (heads, d) = (self.cpu.spec.kv_heads, self.cpu.spec.head_dim);
-        let factors: Option<Vec<&[f32]>> = (0..heads).map(|head| self.cpu.key_factors(self.layer, head)).collect();
-        let Some(factors) = factors else { return Ok(keys) };
-        let factors = Tensor::from_vec(
-            factors.concat().repeat(self.spans.len()),
-            (heads * self.spans.len(), 1, d),
-            &Device::Cpu,
-        )?;
-        Ok(keys.broadcast_mul(&factors)?)
+        let Some(factors) = self.cpu.key_factors(self.layer) else { return Ok(keys) };
+        let (rows, len, d) = keys.dims3()?;
+        let heads = self.cpu.spec.kv_heads;
+        let factors = Tensor::from_slice(factors, (heads, 1, d), &Device::Cpu)?;
+        Ok(keys.reshape((rows / heads, heads, len, d))?.broadcast_mul(&factors)?.reshape((rows, len, d))?)
     }
 
     fn values(&self) -> Result<Tensor> {

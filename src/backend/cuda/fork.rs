@@ -45,8 +45,10 @@ impl Shared {
 impl Cuda {
     /// Nothing while no two sequences share a page, so that kernels need not look.
     pub(super) fn sharing(&self) -> Sharing {
-        let any = self.seats.values().any(|seat| seat.shares);
-        self.shared.as_ref().filter(|_| any).map_or_else(Sharing::default, Shared::addresses)
+        match &self.shared {
+            Some(shared) if self.seats.values().any(|seat| seat.shares) => shared.addresses(),
+            _ => Sharing::default(),
+        }
     }
 
     /// One sequence alone shares with nobody.
@@ -102,37 +104,35 @@ impl Cuda {
 
     /// Pages, lengths and what else is known of the rows. Waits for the device.
     fn fork_rows(&mut self, from: SeqId, to: SeqId, share: &[bool]) -> Result<()> {
-        let shared = match self.shared.take() {
-            Some(shared) => shared,
-            None => Shared::new(&self.stream, &self.memory.store)?,
-        };
-        let shared = self.shared.insert(shared);
-        let words: Vec<u32> = share.iter().map(|&share| share as u32).collect();
-        let on_device = self.stream.clone_htod(&words).map_err(driver("uploading a fork"))?;
-        let (sharing, missing) = (shared.addresses(), address(&shared.missing));
+        if self.shared.is_none() {
+            self.shared = Some(Shared::new(&self.stream, &self.memory.store)?);
+        }
         for seq in [from, to] {
             if let Some(seat) = self.seats.get_mut(&seq) {
                 seat.shares = true;
             }
         }
         let (Some(parent), Some(fork)) = (self.seats.get(&from), self.seats.get(&to)) else { return Ok(()) };
-        let (store, share_at) = (self.memory.store, address(&on_device));
-        let params = ForkParams { store, sharing, share: share_at, missing, from: parent.index, to: fork.index };
+        let Some(shared) = &self.shared else { return Ok(()) };
+        let words: Vec<u32> = share.iter().map(|&share| share as u32).collect();
+        let words = self.stream.clone_htod(&words).map_err(driver("uploading a fork"))?;
+        let params = ForkParams {
+            store: self.memory.store,
+            sharing: shared.addresses(),
+            share: address(&words),
+            missing: address(&shared.missing),
+            from: parent.index,
+            to: fork.index,
+        };
         // SAFETY: both are seats of the store, and a flag a layer is on the device.
         unsafe { self.kernels.fork(&self.stream, &params) }.map_err(driver("forking a sequence"))?;
         self.copy_pages()?;
-        if self.missing_pages()? == 0 {
+        if self.stream.clone_dtoh(&shared.missing).map_err(driver("forking a sequence"))? == [0] {
             return Ok(());
         }
         let layer = share.iter().position(|share| !share).unwrap_or(0);
         let (position, limit) = (parent.bounds[layer], self.memory.limit);
         Err(Error::PoolExhausted { seq: from, layer, position, limit })
-    }
-
-    /// Pages that the fork did not find. Waits for the device.
-    fn missing_pages(&self) -> Result<u32> {
-        let Some(shared) = &self.shared else { return Ok(0) };
-        Ok(self.stream.clone_dtoh(&shared.missing).map_err(driver("forking a sequence"))?[0])
     }
 
     /// What is kept beside the rows.

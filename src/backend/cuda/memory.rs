@@ -1,6 +1,6 @@
 //! Device memory of the store: the pool, the tables beside it, and the buffers a step fills.
 
-use super::driver;
+use super::{driver, element};
 use crate::{
     error::{Error, Result},
     spec::ModelSpec,
@@ -14,8 +14,6 @@ use std::sync::Arc;
 
 /// Position, mark and score of an entry.
 const LANE_BYTES: usize = 8;
-/// The exponents of an entry's factors, beside a store of 8 bits.
-const FACTOR_BYTES: usize = 2;
 /// Pages are numbered by 32 bits.
 const MOST_PAGES: u64 = 1 << 31;
 
@@ -82,7 +80,7 @@ impl Memory {
     pub(super) fn new(stream: &Arc<CudaStream>, spec: &ModelSpec, layout: Layout) -> Result<Self> {
         let scaled = layout.dtype.size_in_bytes() == 1;
         let plane_bytes = spec.head_dim * layout.dtype.size_in_bytes(); // of an entry
-        let vector_bytes = 2 * plane_bytes + if scaled { FACTOR_BYTES } else { 0 };
+        let vector_bytes = element(layout.dtype).entry_bytes(spec.head_dim);
         let page_bytes = (layout.page_size * (vector_bytes + LANE_BYTES)) as u64;
         let rows = spec.layers * layout.seats * spec.kv_heads;
         let max_pages = layout.max_entries.div_ceil(layout.page_size);

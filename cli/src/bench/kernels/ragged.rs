@@ -36,11 +36,6 @@ pub(super) struct Pages {
     pub(super) dtype: Dtype,
 }
 
-/// Bytes of an entry's key and value, factors included.
-fn entry_bytes(heads: Heads, dtype: Dtype) -> usize {
-    2 * heads.dim * dtype.bytes() as usize + if dtype.bytes() == 1 { 2 } else { 0 }
-}
-
 /// One decode step's attention over `layers` layers of ragged rows.
 pub(super) struct Ragged {
     stream: Arc<CudaStream>,
@@ -69,7 +64,7 @@ pub(super) struct Ragged {
 
 /// As many layers as leave nothing of one round in the cache for the next.
 pub(super) fn cold_layers(heads: Heads, dtype: Dtype, batch: usize, entries: f64) -> usize {
-    let layer_bytes = batch as f64 * heads.kv as f64 * entries * entry_bytes(heads, dtype) as f64;
+    let layer_bytes = batch as f64 * heads.kv as f64 * entries * dtype.entry_bytes(heads.dim) as f64;
     ((400e6 / layer_bytes).ceil() as usize).clamp(2, 64)
 }
 
@@ -175,7 +170,7 @@ impl Ragged {
     /// Bytes of keys and values that attention reads in the first `layers`, mean over them.
     pub(super) fn bytes(&self, layers: usize) -> f64 {
         let entries: f64 = self.entries[..layers].iter().sum();
-        entries / layers as f64 * entry_bytes(self.heads, self.dtype) as f64
+        entries / layers as f64 * self.dtype.entry_bytes(self.heads.dim) as f64
     }
 
     /// Bytes that [`Ragged::schedule`] reads and writes.
