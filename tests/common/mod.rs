@@ -243,10 +243,10 @@ pub(crate) fn forked_script(seed: u64, tokens: usize, longest: usize) -> Vec<Wor
     weave(&mut rng, lives.to_vec())
 }
 
-/// The largest difference.
+/// The largest difference, NaN if there is one.
 pub(crate) fn worst(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
-    got.iter().zip(want).map(|(a, b)| (*a as f64 - b).abs()).fold(0.0, |worst, x| if x <= worst { worst } else { x })
+    got.iter().zip(want).map(|(a, b)| (*a as f64 - b).abs()).max_by(f64::total_cmp).unwrap_or(0.0)
 }
 
 #[track_caller]

@@ -234,7 +234,8 @@ pub fn greedy(logits: &[Vec<f32>]) -> Vec<u32> {
 
 pub fn max_difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     assert_eq!(a.len(), b.len(), "steps");
-    a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    let differences = a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs());
+    differences.max_by(f32::total_cmp).unwrap_or(0.0) // NaN if there is one
 }
 
 pub fn prompt(tokens: u32) -> Vec<u32> {
