@@ -161,7 +161,9 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     let answers = (0..args.n).map(|i| Answer::new(args, hosted.lm.tokenizer(), i)).collect();
     let mut all = Answers { chains, answers, most, next: vec![], lost: vec![] };
     let first: Vec<(usize, usize)> = (0..args.n).map(|chain| (0, chain)).collect();
-    all.choose(&first, &logits.unsqueeze(0)?)?;
+    if most > 0 {
+        all.choose(&first, &logits.unsqueeze(0)?)?;
+    }
     let mut begun_bytes = None; // with a token in each answer
     while !all.next.is_empty() {
         if let [alone] = &mut all.answers[..] {

@@ -274,7 +274,11 @@ impl Service<'_> {
         let chat = || self.hosted.chat(&request.prompt).map_err(anyhow::Error::from_boxed);
         let text = if self.args.raw { request.prompt.clone() } else { chat()? };
         let prompt = self.hosted.lm.tokenizer().encode(&text)?;
-        let room = self.hosted.options.max_tokens.map_or(usize::MAX, |most| (most + 1).saturating_sub(prompt.len()));
+        let room = self
+            .hosted
+            .options
+            .max_tokens
+            .map_or(usize::MAX, |most| most.saturating_add(1).saturating_sub(prompt.len()));
         let arm = ticket.arm().to_string();
         let mut stream = TextStream::new(self.hosted.lm.tokenizer());
         let piece = |text: &str| self.tell(&Event::Piece { line, key: &request.key, arm: &arm, text });

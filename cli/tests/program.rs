@@ -662,6 +662,8 @@ fn generate_prints_text_and_what_the_cache_held() {
     let bench = Bench::new();
     let output = bench.run("generate", &["--prompt", "Hello there", "--policy", "window:size=8", "--max-tokens", "20"]);
     succeeded(&output);
+    let nothing = bench.run("generate", &["--prompt", "Hello there", "--max-tokens", "0"]);
+    assert_eq!(succeeded(&nothing), "\n");
     let summary = String::from_utf8_lossy(&output.stderr);
     for word in ["window:size=8,sinks=0", "prompt tokens", "KV: peak", "compression"] {
         assert!(summary.contains(word), "{summary}");
