@@ -360,20 +360,7 @@ fn asked(exam: &Exam) -> Asked {
 }
 
 fn sha256(text: &str) -> String {
-    hexadecimal(&Sha256::digest(text.as_bytes()))
-}
-
-/// SHA-256 of a file, hexadecimal.
-///
-/// # Errors
-/// If it cannot be read.
-pub fn file_sha256(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-    Ok(hexadecimal(&Sha256::digest(bytes)))
-}
-
-fn hexadecimal(hash: &[u8]) -> String {
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Linux says; elsewhere it stays empty.

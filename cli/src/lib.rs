@@ -25,8 +25,8 @@ mod route;
 mod table;
 mod train_demo;
 
-pub use compare::{About, Args as CompareArgs, Compared, compare, file_sha256};
-pub use model::{Float, KvType, ModelArgs, Place, device_name};
+pub use compare::{About, Args as CompareArgs, Compared, compare};
+pub use model::{Float, KvType, ModelArgs, Place, bytes, device_name};
 
 use clap::{Parser, Subcommand};
 use kvpolicy::Registry;

@@ -1,6 +1,7 @@
 //! Options that load a model, shared by the commands.
 
 use anyhow::Result;
+use bytesize::ByteSize;
 use candle_core::{DType, Device};
 use clap::ValueEnum;
 use kvpolicy_candle::{Hosted, Lm, LoadOptions, SessionOptions};
@@ -191,21 +192,12 @@ impl ModelArgs {
     }
 }
 
-/// A number of bytes with an optional unit.
-pub(crate) fn bytes(text: &str) -> std::result::Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let unit = match text[digits..].trim() {
-        "" | "B" => 1.0,
-        "kB" | "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "KiB" => 1024.0,
-        "MiB" => 1024.0 * 1024.0,
-        "GiB" => 1024.0 * 1024.0 * 1024.0,
-        other => return Err(format!("unit `{other}` is not one of B, KB, MB, GB, KiB, MiB, GiB")),
-    };
-    let number: f64 = text[..digits].parse().map_err(|_| format!("`{text}` is no number of bytes"))?;
-    Ok((number * unit) as u64)
+/// A number of bytes with an optional unit, such as 64MiB or 2GB, for an option of a command line.
+///
+/// # Errors
+/// Why it is none.
+pub fn bytes(text: &str) -> std::result::Result<u64, String> {
+    text.parse::<ByteSize>().map(|size| size.as_u64())
 }
 
 #[cfg(test)]

@@ -322,7 +322,9 @@ fn inverse_frequencies(theta: f64, head_dim: usize) -> Result<Vec<f32>> {
     if !(theta.is_finite() && theta > 0.0) {
         return Err(Error::Model(format!("rope_theta={theta} is not accepted: above 0")));
     }
-    Ok((0..head_dim / 2).map(|i| (1.0 / theta.powf((2 * i) as f64 / head_dim as f64)) as f32).collect())
+    // In f32, as transformers, candle-transformers and mistral.rs do: a rounding apart moves far positions by more than that.
+    let exponent = |i: usize| (2 * i) as f32 / head_dim as f32;
+    Ok((0..head_dim / 2).map(|i| 1.0 / (theta as f32).powf(exponent(i))).collect())
 }
 
 #[cfg(test)]

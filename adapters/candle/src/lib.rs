@@ -80,6 +80,7 @@ pub mod demo;
 mod error;
 mod export;
 mod folder;
+mod gate_choice;
 mod gates;
 mod gguf_header;
 #[cfg(feature = "hub")]
@@ -104,6 +105,7 @@ pub use chat::{ChatTemplate, Message};
 pub use config::{Activation, Arch, Config, OtherLayers};
 pub use error::{Error, Result};
 pub use export::{Export, Exported, GateLayout, Merged, extract_gates};
+pub use gate_choice::GateChoice;
 pub use gates::Gates;
 pub use inspect::{GatesSummary, Inspection, LayerGates, ModelSummary, TensorSummary};
 pub use loader::{Lm, LoadOptions, weights_sha256};

@@ -6,15 +6,16 @@ use crate::{
     demo,
     error::{Error, Result},
     folder::{Blob, Folder},
+    gate_choice::GateChoice,
     gates::Gates,
     model::Model,
     session::{Session, SessionOptions},
-    shipped::{self, Shipped},
+    shipped::Shipped,
     tokenizer::Tokenizer,
     weights::{GgufFile, Weights},
 };
 use candle_core::{DType, Device};
-use kvpolicy::{GateSource, KvCache, Policy};
+use kvpolicy::Policy;
 use sha2::{Digest, Sha256};
 use std::{
     path::{Path, PathBuf},
@@ -249,53 +250,25 @@ impl Lm {
     /// # Errors
     /// [`Error::Tokenizer`] for one that cannot be written down.
     pub fn tokenizer_sha256(&self) -> Result<String> {
-        let template = self.template.as_ref().map(ChatTemplate::text);
-        let mut hash = Sha256::new();
-        hash.update(self.tokenizer.to_json()?);
-        hash.update(format!("{:?}{template:?}", self.tokenizer.eos()));
-        Ok(hexadecimal(hash))
+        self.tokenizer.sha256(self.template.as_ref())
     }
 
-    /// The gates a policy asks for: a file's or those of a name that the program brings; else the checkpoint's own, or the
-    /// first that the program brings for it.
+    /// The gates a policy asks for: see [`GateChoice::gates_for`].
     ///
     /// # Errors
-    /// [`Error::File`] if the file cannot be used with this model.
+    /// As there.
     pub fn gates_for(&self, policy: &dyn Policy) -> Result<Option<Arc<Gates>>> {
-        match KvCache::gate_source(policy, &self.model.config().spec())? {
-            Some(GateSource::File(path)) => {
-                let gates = match self.named_gates(&path)? {
-                    Some(shipped) => self.brought(shipped)?,
-                    None => Gates::load(&path, self.model.config(), self.dtype, &self.device)?,
-                };
-                Ok(Some(Arc::new(gates)))
-            }
-            Some(GateSource::Checkpoint) if self.gates.is_none() => {
-                let found = shipped::find(&self.sha256()?, None);
-                Ok(found.map(|shipped| self.brought(shipped)).transpose()?.map(Arc::new))
-            }
-            Some(GateSource::Checkpoint) | None => Ok(self.gates.clone()),
-        }
+        self.gate_choice(&|| self.sha256()).gates_for(policy)
     }
 
-    /// Those that the program brings, where a path is their name; `None` for one to read.
-    ///
-    /// # Errors
-    /// [`Error::Model`] if they are of another model, or this one takes none but its own.
+    /// As [`GateChoice::named`].
     pub(crate) fn named_gates(&self, path: &Path) -> Result<Option<&'static Shipped>> {
-        if self.gates.as_ref().is_some_and(|gates| gates.borrows_neurons()) {
-            let what = "the checkpoint was trained with borrowed neurons: it takes no other gates";
-            return Err(Error::Model(what.into()));
-        }
-        let Some(name) = path.to_str().filter(|name| shipped::is_known(name) && !path.exists()) else {
-            return Ok(None);
-        };
-        let another = || format!("the gates `{name}` are of another model: this one's weights have another hash");
-        shipped::find(&self.sha256()?, Some(name)).map(Some).ok_or_else(|| Error::Model(another()))
+        self.gate_choice(&|| self.sha256()).named(path)
     }
 
-    fn brought(&self, gates: &Shipped) -> Result<Gates> {
-        Gates::of_folder(gates.folder, self.model.config(), self.dtype, &self.device)
+    fn gate_choice<'a>(&'a self, weights_sha256: &'a dyn Fn() -> Result<String>) -> GateChoice<'a> {
+        let (config, own) = (self.model.config(), self.gates.as_ref());
+        GateChoice { config, own, weights_sha256, dtype: self.dtype, device: &self.device }
     }
 
     /// One sequence under a policy; its entries are where the model is. A GPU is best taken from
@@ -319,8 +292,7 @@ impl Model {
 
     fn from_folder(folder: Folder, options: &LoadOptions) -> Result<(Self, Option<Gates>)> {
         options.check()?;
-        let missing = || Error::file(folder.path("config.json"), "no such file");
-        let config = Config::from_json(&folder.text("config.json")?.ok_or_else(missing)?)?;
+        let config = Config::of_folder(folder)?;
         let mut weights = Weights::from_files(&folder.weights()?, options.dtype, &options.device)?;
         let gates = Gates::of_checkpoint(folder, &mut weights, &config)?;
         Ok((Self::load(config, &mut weights, &options.device)?, gates))
@@ -334,6 +306,24 @@ impl Model {
         let mut weights = GgufFile::open(path, &options.device, options.dense()?)?;
         let config = gguf_config(&mut weights)?;
         Self::load(config, &mut Weights::Gguf(weights), &options.device)
+    }
+}
+
+impl Config {
+    /// That of a model which is not loaded: a folder of Hugging Face safetensors or a GGUF file.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is none, [`Error::Model`] for one that this crate has no definition of.
+    pub fn read(model: &Path) -> Result<Self> {
+        if model.is_dir() {
+            return Self::of_folder(Folder::Disk(model));
+        }
+        gguf_config(&mut GgufFile::open(model, &Device::Cpu, None)?)
+    }
+
+    fn of_folder(folder: Folder) -> Result<Self> {
+        let missing = || Error::file(folder.path("config.json"), "no such file");
+        Self::from_json(&folder.text("config.json")?.ok_or_else(missing)?)
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value;
+use sha2::{Digest, Sha256};
 use tokenizers::decoders::{self, byte_fallback::ByteFallback, fuse::Fuse, strip::Strip};
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{self, NFC, Prepend, Replace};
@@ -15,7 +16,9 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
+use crate::chat::ChatTemplate;
 use crate::error::{Error, Result};
+use crate::loader::hexadecimal;
 
 /// SentencePiece's stand-in for a space.
 const SPACE: &str = "▁";
@@ -204,6 +207,18 @@ impl Tokenizer {
         self.eos.sort_unstable();
         self.eos.dedup();
         self
+    }
+
+    /// SHA-256 of what makes tokens of text: the tokenizer, its ends of a text and the chat template; hexadecimal.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tokenizer`] for a bos that cannot be written.
+    pub fn sha256(&self, template: Option<&ChatTemplate>) -> Result<String> {
+        let mut hash = Sha256::new();
+        hash.update(self.to_json()?);
+        hash.update(format!("{:?}{:?}", self.eos, template.map(ChatTemplate::text)));
+        Ok(hexadecimal(hash))
     }
 
     /// It as a `tokenizer.json`, which [`Tokenizer::from_file`] reads to the same ids and texts.

@@ -5,7 +5,7 @@ use crate::{
     room,
 };
 use candle_core::Tensor;
-use kvpolicy::{KvCache, Phase, SeqId, Step};
+use kvpolicy::{CpuConfig, KvCache, ModelSpec, Phase, Policy, SeqId, Step, backend::Backend, cpu, policies::Full};
 use kvpolicy_candle::{Config, Gates};
 use mistralrs_core::kv_policy::{Attend, KvPolicy, State};
 use std::{
@@ -28,7 +28,7 @@ pub(crate) struct Pool(Mutex<Passes>);
 pub(crate) struct Passes {
     pub(crate) cache: KvCache,
     /// Those of the cache's policy, or of the model.
-    gates: Option<Arc<Gates>>,
+    pub(crate) gates: Option<Arc<Gates>>,
     pub(crate) served: Served,
     /// The pass that is under way.
     step: Option<Step>,
@@ -59,7 +59,7 @@ pub struct Served {
 }
 
 impl Pool {
-    pub(crate) fn new(cache: KvCache, gates: Option<Gates>) -> Self {
+    pub(crate) fn new(cache: KvCache, gates: Option<Arc<Gates>>) -> Self {
         Self(Mutex::new(Passes::new(cache, gates)))
     }
 
@@ -162,20 +162,40 @@ fn row_of(state: &State) -> Result<&Row> {
 }
 
 impl Passes {
-    fn new(cache: KvCache, gates: Option<Gates>) -> Self {
-        let (gates, served, began) = (gates.map(Arc::new), Served::default(), Instant::now());
+    fn new(cache: KvCache, gates: Option<Arc<Gates>>) -> Self {
+        let (served, began) = (Served::default(), Instant::now());
         Self { cache, gates, served, step: None, began, decided: None, cautious: false }
     }
 
-    /// Starts anew.
-    ///
     /// # Errors
     /// [`Error::Busy`] if a sequence holds a place.
-    pub(crate) fn replace(&mut self, cache: KvCache, gates: Option<Gates>) -> Result<()> {
-        if self.served.running > 0 {
-            return Err(Error::Busy { running: self.served.running });
+    pub(crate) fn check_idle(&self) -> Result<()> {
+        match self.served.running {
+            0 => Ok(()),
+            running => Err(Error::Busy { running }),
         }
-        *self = Self::new(cache, gates);
+    }
+
+    /// Starts anew under a policy, or as before if it cannot. Nobody holds a place.
+    pub(crate) fn start_over(
+        &mut self,
+        policy: Arc<dyn Policy>,
+        gates: Option<Arc<Gates>>,
+        store: impl Fn(&ModelSpec) -> Result<Box<dyn Backend>>,
+    ) -> Result<()> {
+        let (spec_before, policy_before) = (self.cache.spec().clone(), self.cache.policy().clone());
+        let spec = ModelSpec { gates: gates.as_ref().map(|gates| gates.spec()), ..spec_before.clone() };
+        // There may be no memory for two stores; this one takes none.
+        let none = cpu(&spec_before, &CpuConfig::default())?;
+        self.cache = KvCache::new(spec_before.clone(), Arc::new(Full {}), none)?;
+        let cache = |spec: ModelSpec, policy| Ok(KvCache::new(spec.clone(), policy, store(&spec)?)?);
+        match cache(spec, policy) {
+            Ok(cache) => *self = Self::new(cache, gates),
+            Err(error) => {
+                self.cache = cache(spec_before, policy_before)?;
+                return Err(error);
+            }
+        }
         Ok(())
     }
 

@@ -2,14 +2,14 @@
 
 use crate::{
     error::Result,
-    hosted::{Hosted, Pool, Served},
+    hosted::{Hosted, Passes, Pool, Served},
     spec::{config_of, device_of, gates_of},
 };
 use candle_core::{DType, Device};
 #[cfg(feature = "cuda")]
 use kvpolicy::CudaConfig;
 use kvpolicy::{CpuConfig, KvCache, ModelSpec, Policy, Stats, Usage, backend::Backend, cpu};
-use kvpolicy_candle::Gates;
+use kvpolicy_candle::{Config, Gates};
 use mistralrs_core::kv_policy::{self, Factory, KvPolicy, Model};
 use std::{
     fmt,
@@ -68,8 +68,10 @@ pub struct Hosting {
 }
 
 /// A model that may be gone.
+#[derive(Clone)]
 struct Loaded {
     model: Model,
+    config: Config,
     pool: Weak<Pool>,
 }
 
@@ -107,48 +109,79 @@ pub struct Figures {
 impl Hosting {
     /// Figures of every model that lives, in the order they were loaded.
     pub fn figures(&self) -> Vec<Figures> {
-        let ask = |(model, pool): (Model, Arc<Pool>)| {
+        let ask = |(loaded, pool): (Loaded, Arc<Pool>)| {
             let mut passes = pool.lock();
             passes.settle();
             let (cache, served) = (&passes.cache, passes.served);
             let entries_per_token = (cache.spec().layers * cache.spec().kv_heads) as u64;
             let (policy, usage, stats) = (cache.policy().clone(), cache.usage(), cache.stats());
-            Figures { id: model.id, policy, usage, stats, served, entries_per_token }
+            Figures { id: loaded.model.id, policy, usage, stats, served, entries_per_token }
         };
         self.living().into_iter().map(ask).collect()
+    }
+
+    /// Sequences that hold a place now, over every model that lives.
+    pub(crate) fn running(&self) -> u64 {
+        self.living().iter().map(|(_, pool)| pool.lock().served.running).sum()
     }
 
     /// Puts every model that lives under another policy, with an empty cache. What is loaded later still gets the first one.
     ///
     /// # Errors
-    /// Every reason why a model cannot run under it, and [`Error::Busy`](crate::Error::Busy) while it serves.
+    /// Every reason why a model cannot run under it, and [`Error::Busy`](crate::Error::Busy) while it serves: it stays as it is
+    /// then.
     pub fn put_under(&self, policy: &Arc<dyn Policy>) -> Result<()> {
-        self.living().into_iter().try_for_each(|(model, pool)| {
-            let (cache, gates) = self.cache(&model, policy.clone())?;
-            pool.lock().replace(cache, gates)
+        self.start_over(|loaded, _| Ok((policy.clone(), gates_of(&loaded.model, &loaded.config, &**policy)?)))
+    }
+
+    /// Empties the cache of every model that lives, and begins its figures anew.
+    ///
+    /// # Errors
+    /// [`Error::Busy`](crate::Error::Busy) while it serves, and those of its memory.
+    pub(crate) fn empty(&self) -> Result<()> {
+        self.start_over(|_, passes| Ok((passes.cache.policy().clone(), passes.gates.clone())))
+    }
+
+    /// The gates that the model loaded first runs with under a policy.
+    ///
+    /// # Errors
+    /// What is wrong with those that it asks for.
+    pub(crate) fn gates(&self, policy: &dyn Policy) -> Result<Option<Arc<Gates>>> {
+        let first = self.living().into_iter().next();
+        first.map_or(Ok(None), |(loaded, _)| gates_of(&loaded.model, &loaded.config, policy))
+    }
+
+    fn start_over(&self, choose: impl Fn(&Loaded, &Passes) -> Result<(Arc<dyn Policy>, Option<Arc<Gates>>)>) -> Result<()> {
+        self.living().into_iter().try_for_each(|(loaded, pool)| {
+            let mut passes = pool.lock();
+            passes.check_idle()?;
+            let (policy, gates) = choose(&loaded, &passes)?;
+            passes.start_over(policy, gates, |spec| self.store(&loaded, spec))
         })
     }
 
-    fn living(&self) -> Vec<(Model, Arc<Pool>)> {
+    fn living(&self) -> Vec<(Loaded, Arc<Pool>)> {
         let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
-        models.iter().filter_map(|loaded| Some((loaded.model.clone(), loaded.pool.upgrade()?))).collect()
+        models.iter().filter_map(|loaded| Some((loaded.clone(), loaded.pool.upgrade()?))).collect()
     }
 
-    fn cache(&self, model: &Model, policy: Arc<dyn Policy>) -> Result<(KvCache, Option<Gates>)> {
-        let (device, config) = (device_of(model)?, config_of(model)?);
-        let gates = gates_of(model, &config, &*policy, device)?;
-        let spec = ModelSpec { gates: gates.as_ref().map(Gates::spec), ..config.spec() };
-        let store = self.options.store(&spec, config.max_context, device)?;
-        Ok((KvCache::new(spec, policy, store)?, gates))
+    fn store(&self, loaded: &Loaded, spec: &ModelSpec) -> Result<Box<dyn Backend>> {
+        Ok(self.options.store(spec, loaded.config.max_context, device_of(&loaded.model)?)?)
     }
 
     fn host(&self, model: &Model) -> Result<Hosted> {
-        let (cache, gates) = self.cache(model, self.policy.clone())?;
-        let pool = Arc::new(Pool::new(cache, gates));
+        let (model, config) = (model.clone(), config_of(model)?);
+        let gates = gates_of(&model, &config, &*self.policy)?;
+        let spec = ModelSpec { gates: gates.as_ref().map(|gates| gates.spec()), ..config.spec() };
+        let mut loaded = Loaded { model, config, pool: Weak::new() };
+        let store = self.store(&loaded, &spec)?;
+        let pool = Arc::new(Pool::new(KvCache::new(spec, self.policy.clone(), store)?, gates));
+        loaded.pool = Arc::downgrade(&pool);
+        let hosted = Hosted { pool, config: loaded.config.clone(), max_sequences: self.options.max_sequences };
         let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
         models.retain(|loaded| loaded.pool.strong_count() > 0);
-        models.push(Loaded { model: model.clone(), pool: Arc::downgrade(&pool) });
-        Ok(Hosted { pool, config: config_of(model)?, max_sequences: self.options.max_sequences })
+        models.push(loaded);
+        Ok(hosted)
     }
 }
 

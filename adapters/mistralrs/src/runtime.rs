@@ -22,7 +22,11 @@ use std::{
     fmt,
     num::NonZeroUsize,
     path::Path,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 use tokio::{
@@ -36,7 +40,8 @@ pub struct MistralRuntime {
     hosting: Arc<Hosting>,
     text: Text,
     dtype: DType,
-    policy: Mutex<Option<Arc<dyn Policy>>>,
+    /// Whether it was put under a policy.
+    loaded: AtomicBool,
     tokio: Handle,
 }
 
@@ -62,7 +67,7 @@ impl MistralRuntime {
         let method = DefaultSchedulerMethod::Fixed(NonZeroUsize::MIN);
         let host = MistralRsBuilder::new(loaded, SchedulerConfig::DefaultScheduler { method }, false, None);
         let (host, tokio) = (host.build().await, Handle::current());
-        Ok(Self { host, hosting, text, dtype, policy: Mutex::default(), tokio })
+        Ok(Self { host, hosting, text, dtype, loaded: AtomicBool::new(false), tokio })
     }
 
     /// Type of the model's activations.
@@ -70,11 +75,29 @@ impl MistralRuntime {
         self.dtype
     }
 
+    /// SHA-256 of what makes tokens of text, as [`Tokenizer::sha256`](kvpolicy_candle::Tokenizer::sha256).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn tokenizer_sha256(&self) -> Result<String> {
+        self.text.sha256()
+    }
+
+    /// SHA-256 of the gates that the model runs with under a policy, as [`Gates::sha256`](kvpolicy_candle::Gates::sha256);
+    /// `None` without any.
+    ///
+    /// # Errors
+    /// What is wrong with the gates that it asks for.
+    pub fn gates_sha256(&self, policy: &dyn Policy) -> Result<Option<String>> {
+        let gates = self.hosting.gates(policy)?;
+        Ok(gates.map(|gates| gates.sha256()).transpose()?)
+    }
+
     /// Waits until the sequence that was dropped last has given its place back.
     async fn settle(&self) {
         let hosting = self.hosting.clone();
         let wait = async move {
-            while hosting.figures().iter().any(|model| model.served.running > 0) {
+            while hosting.running() > 0 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
@@ -167,14 +190,16 @@ impl Runtime for MistralRuntime {
     async fn load(&self, policy: &Arc<dyn Policy>) -> Result<(), HostError> {
         self.settle().await;
         self.hosting.put_under(policy)?;
-        *self.policy.lock().unwrap_or_else(PoisonError::into_inner) = Some(policy.clone());
+        self.loaded.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     async fn generate<'a>(&'a self, prompt: &[u32], most: usize) -> Result<Tokens<'a>, HostError> {
-        let policy = self.policy.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if !self.loaded.load(Ordering::Relaxed) {
+            return Err("no policy is loaded".into());
+        }
         self.settle().await;
-        self.hosting.put_under(&policy.ok_or("no policy is loaded")?)?;
+        self.hosting.empty()?;
         let (request, generation) = self.request(prompt, most);
         let engine = self.host.get_sender(None).map_err(|error| Error::Host(error.to_string()))?;
         engine.send(Request::Normal(Box::new(request))).await?;

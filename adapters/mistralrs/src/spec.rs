@@ -1,11 +1,13 @@
 //! What there is to know of a model that the host has loaded: its shape and its gates.
 
 use crate::error::{Error, Result};
-use candle_core::{Device, DeviceLocation, quantized::gguf_file};
-use kvpolicy::{GateSource, KvCache, Policy};
-use kvpolicy_candle::{Config, Gates};
+use candle_core::{Device, DeviceLocation};
+use kvpolicy::Policy;
+use kvpolicy_candle::{Config, GateChoice, Gates, weights_sha256};
 use mistralrs_core::kv_policy::Model;
-use std::{fs::File, io::BufReader, path::Path};
+use std::sync::Arc;
+
+const NO_FILE: &str = "names no file of the model";
 
 /// The device that all layers are on.
 pub(crate) fn device_of(model: &Model) -> Result<&Device> {
@@ -34,8 +36,8 @@ fn check_places(first: DeviceLocation, mut all: impl Iterator<Item = DeviceLocat
 pub(crate) fn config_of(model: &Model) -> Result<Config> {
     let config = match (&model.config_json, model.weight_files.first()) {
         (Some(json), _) => Config::from_json(json)?,
-        (None, Some(file)) => gguf_config(file)?,
-        (None, None) => return Err(Error::Host("names no file of the model".into())),
+        (None, Some(file)) => Config::read(file)?,
+        (None, None) => return Err(Error::Host(NO_FILE.into())),
     };
     let described = [config.layers, config.q_heads, config.kv_heads, config.head_dim];
     let loaded = [model.layers, model.q_heads, model.kv_heads, model.head_dim];
@@ -46,32 +48,15 @@ pub(crate) fn config_of(model: &Model) -> Result<Config> {
     Ok(config)
 }
 
-/// The gates that a model runs with: those that the policy names, or the model folder's own. Without a policy that asks
-/// for them only those that borrow neurons, which attention must not read.
-pub(crate) fn gates_of(model: &Model, config: &Config, policy: &dyn Policy, device: &Device) -> Result<Option<Gates>> {
-    let load = |path: &Path| Gates::load(path, config, model.dtype, device);
-    let folder = model.weight_files.first().and_then(|file| file.parent()).filter(|_| model.config_json.is_some());
-    let own = folder.map(|folder| Gates::find(folder, config, model.dtype, device)).transpose()?.flatten();
-    let borrows = own.as_ref().is_some_and(Gates::borrows_neurons);
-    match KvCache::gate_source(policy, &config.spec())? {
-        Some(GateSource::File(_)) if borrows => {
-            Err(Error::Model("the model was trained with borrowed neurons: it takes no other gates".into()))
-        }
-        Some(GateSource::File(path)) => Ok(Some(load(&path)?)),
-        Some(GateSource::Checkpoint) => Ok(own),
-        None => Ok(own.filter(|_| borrows)),
-    }
-}
-
-/// The metadata of a GGUF file, which the host has read before.
-pub(crate) fn gguf_config(path: &Path) -> Result<Config> {
-    let io = |error: std::io::Error| Error::Model(format!("{}: {error}", path.display()));
-    let mut reader = BufReader::new(File::open(path).map_err(io)?);
-    let content = gguf_file::Content::read(&mut reader)?;
-    let has = |name: &str| content.tensor_infos.contains_key(name);
-    let factors = has("rope_freqs.weight").then(|| content.tensor(&mut reader, "rope_freqs.weight", &Device::Cpu));
-    let factors = factors.transpose()?.map(|factors| factors.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1());
-    Ok(Config::from_gguf(&content.metadata, has, factors.transpose()?)?)
+/// The gates that a model runs with under a policy.
+pub(crate) fn gates_of(model: &Model, config: &Config, policy: &dyn Policy) -> Result<Option<Arc<Gates>>> {
+    let (device, dtype) = (device_of(model)?, model.dtype);
+    let file = model.weight_files.first().ok_or_else(|| Error::Host(NO_FILE.into()))?;
+    let folder = file.parent().filter(|_| model.config_json.is_some());
+    let own = folder.map(|folder| Gates::find(folder, config, dtype, device)).transpose()?.flatten().map(Arc::new);
+    let weights_sha256 = || weights_sha256(folder.unwrap_or(file));
+    let choice = GateChoice { config, own: own.as_ref(), weights_sha256: &weights_sha256, dtype, device };
+    Ok(choice.gates_for(policy)?)
 }
 
 #[cfg(test)]

@@ -1,16 +1,13 @@
 //! What is known of a model beside its weights: the candle adapter reads it, so that both write the same prompts.
 
-use crate::{
-    error::{Error, Result},
-    spec::gguf_config,
-};
+use crate::error::{Error, Result};
 use candle_core::{DType, Device, quantized::gguf_file};
 use kvpolicy::{
     ModelSpec,
     runtime::{HostError, TextModel},
 };
 use kvpolicy_candle::{ChatTemplate, Config, Gates, Message, Tokenizer};
-use std::{fs, path::Path};
+use std::{fs::File, io::BufReader, path::Path};
 
 /// Tokenizer, chat template and shape of a model.
 pub(crate) struct Text {
@@ -27,9 +24,7 @@ impl Text {
     }
 
     fn of_folder(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
-        let json = fs::read_to_string(&path).map_err(|error| Error::Path { path, what: error.to_string() })?;
-        let config = Config::from_json(&json)?;
+        let config = Config::read(dir)?;
         let gates = Gates::find(dir, &config, DType::F32, &Device::Cpu)?;
         let spec = ModelSpec { gates: gates.map(|gates| gates.spec()), ..config.spec() };
         let tokenizer = Tokenizer::from_file(&dir.join("tokenizer.json"))?.with_eos(config.eos.clone());
@@ -38,10 +33,15 @@ impl Text {
 
     fn of_file(path: &Path) -> Result<Self> {
         let io = |error: std::io::Error| Error::Path { path: path.into(), what: error.to_string() };
-        let content = gguf_file::Content::read(&mut std::io::BufReader::new(fs::File::open(path).map_err(io)?))?;
-        let (config, metadata) = (gguf_config(path)?, &content.metadata);
+        let content = gguf_file::Content::read(&mut BufReader::new(File::open(path).map_err(io)?))?;
+        let (config, metadata) = (Config::read(path)?, &content.metadata);
         let (tokenizer, template) = (Tokenizer::from_gguf(metadata)?, ChatTemplate::from_gguf(metadata)?);
         Ok(Self { spec: config.spec(), max_context: config.max_context, tokenizer, template })
+    }
+
+    /// As [`Tokenizer::sha256`].
+    pub(crate) fn sha256(&self) -> Result<String> {
+        Ok(self.tokenizer.sha256(self.template.as_ref())?)
     }
 
     /// Tokens that end a text.

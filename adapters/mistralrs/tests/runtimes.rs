@@ -86,6 +86,8 @@ async fn the_same_text(candle: &dyn Runtime, mistral: &dyn Runtime) {
     }
     let unknown = mistral.load(&policy("dms")).await.unwrap_err().to_string();
     assert!(unknown.contains("the model has no decision gates"), "{unknown}");
+    let last = POLICIES[POLICIES.len() - 1];
+    assert_eq!(generated(mistral, 70, 20, 20).await, generated(candle, 70, 20, 20).await, "still {last}");
     let spoken = [candle, mistral].map(|runtime| runtime.encode(&runtime.chat("hello").unwrap()).unwrap());
     assert_eq!(spoken[0], spoken[1]);
 }

@@ -2,12 +2,12 @@
 
 use anyhow::{Context, Result, ensure};
 use kvpolicy::{
-    GateSource, KvCache, Policy, Registry,
+    Policy, Registry,
     compare::{Generating, Subject},
     runtime::Runtime,
 };
 use kvpolicy_candle::weights_sha256;
-use kvpolicy_cli::{About, Compared, KvType, ModelArgs, compare, device_name, file_sha256};
+use kvpolicy_cli::{About, Compared, KvType, ModelArgs, compare, device_name};
 use kvpolicy_mistralrs::{CacheOptions, MistralRuntime};
 use std::{path::PathBuf, sync::Arc};
 use tokio::runtime::Handle;
@@ -39,7 +39,7 @@ impl Model {
             "--dequantize is not accepted: mistral.rs keeps the weights of a GGUF file as they are"
         );
         ensure!(!args.allow_long, "--allow-long is not accepted: mistral.rs ends a text at the model's last position");
-        let device = crate::models::device(&args.device.to_string()).map_err(anyhow::Error::msg)?;
+        let device = crate::models::device(args.device)?;
         let (kv_dtype, kv_bytes) = (args.kv_dtype.map(KvType::dtype), args.kv_memory);
         let options = CacheOptions { kv_dtype, kv_bytes, max_sequences: 1 };
         let runtime = Handle::current().block_on(MistralRuntime::start(&path, &device, &options))?;
@@ -54,15 +54,11 @@ impl Compared for Model {
 
     fn about(&self) -> Result<About> {
         let name = self.path.file_name().unwrap_or(self.path.as_os_str());
-        let sha256 = weights_sha256(&self.path)?;
-        // A GGUF file brings its tokenizer along.
-        let tokenizer = self.path.join("tokenizer.json");
-        let tokenizer_sha256 = if tokenizer.is_file() { file_sha256(&tokenizer)? } else { sha256.clone() };
         Ok(About {
             model: name.to_string_lossy().into_owned(),
-            sha256,
+            sha256: weights_sha256(&self.path)?,
             quantized: self.path.is_file(),
-            tokenizer_sha256,
+            tokenizer_sha256: self.runtime.0.tokenizer_sha256()?,
             dtype: self.runtime.0.dtype(),
             kv_dtype: self.options.kv_dtype_on(&self.device),
             device: device_name(&self.device)?,
@@ -73,11 +69,7 @@ impl Compared for Model {
         Handle::current().block_on(self.runtime.0.load(policy)).map_err(anyhow::Error::from_boxed)
     }
 
-    /// Those of the checkpoint are among its weights.
     fn gates_sha256(&self, policy: &Arc<dyn Policy>) -> Result<Option<String>> {
-        match KvCache::gate_source(&**policy, &self.subject().spec())? {
-            Some(GateSource::File(path)) => Ok(Some(file_sha256(&path)?)),
-            _ => Ok(None),
-        }
+        Ok(self.runtime.0.gates_sha256(&**policy)?)
     }
 }

@@ -1,9 +1,9 @@
 //! The model, once under each policy.
 
 use crate::error::{Error, Result};
-use bytesize::ByteSize;
-use candle_core::{DType, Device};
+use candle_core::Device;
 use kvpolicy::Registry;
+use kvpolicy_cli::{KvType, Place, bytes};
 use kvpolicy_mistralrs::{CacheOptions, Figures, Hosting, Loaded, load, register, unregister};
 use mistralrs_core::{
     AddModelConfig, DefaultSchedulerMethod, EngineConfig, MistralRs, MistralRsBuilder, SchedulerConfig,
@@ -21,42 +21,28 @@ pub struct Options {
     pub policies: Vec<String>,
     /// The most bytes that keys and values may take, such as 512MiB, for each policy [default: no limit; on a GPU half of what
     /// is free].
-    #[arg(long)]
-    pub kv_memory: Option<ByteSize>,
-    /// Type of stored keys and values: f32, f16 or bf16 [default: f32 on the CPU, bf16 on a GPU].
-    #[arg(long, value_parser = kv_dtype)]
-    pub kv_dtype: Option<DType>,
+    #[arg(long, value_parser = bytes)]
+    pub kv_memory: Option<u64>,
+    /// Type of stored keys and values [default: f32 on the CPU, bf16 on a GPU].
+    #[arg(long, value_enum)]
+    pub kv_dtype: Option<KvType>,
     /// Where the model runs: cpu, cuda or cuda:N. In f32 on the CPU, in bf16 on a GPU.
-    #[arg(long, default_value = "cpu", value_parser = device)]
-    pub device: Device,
+    #[arg(long, default_value = "cpu")]
+    pub device: Place,
     /// The most sequences that generate at a time, for each policy.
     #[arg(long, default_value = "64")]
     pub max_sequences: NonZeroUsize,
 }
 
-fn kv_dtype(text: &str) -> std::result::Result<DType, String> {
-    match text {
-        "f32" => Ok(DType::F32),
-        "f16" => Ok(DType::F16),
-        "bf16" => Ok(DType::BF16),
-        other => Err(format!("`{other}` is none of f32, f16, bf16")),
+/// Where the host runs a model.
+pub(crate) fn device(place: Place) -> Result<Device> {
+    match place {
+        Place::Cpu => Ok(Device::Cpu),
+        Place::Cuda(_) if cfg!(not(feature = "cuda")) => Err(Error::Option(
+            "this program was built without CUDA: build it with the feature `cuda`, which needs a toolkit".into(),
+        )),
+        Place::Cuda(ordinal) => Ok(Device::new_cuda(ordinal).map_err(kvpolicy_mistralrs::Error::from)?),
     }
-}
-
-pub(crate) fn device(text: &str) -> std::result::Result<Device, String> {
-    let unknown = || format!("`{text}` is no device: cpu, cuda or cuda:N");
-    let ordinal = match text.split_once(':') {
-        None if text == "cpu" => return Ok(Device::Cpu),
-        None if text == "cuda" => 0,
-        Some(("cuda", ordinal)) => ordinal.parse().map_err(|_| unknown())?,
-        _ => return Err(unknown()),
-    };
-    if cfg!(not(feature = "cuda")) {
-        return Err(
-            "this program was built without CUDA: build it with the feature `cuda`, which needs a toolkit".into()
-        );
-    }
-    Device::new_cuda(ordinal).map_err(|error| error.to_string())
 }
 
 /// A model under its policies, ready to be served.
@@ -87,14 +73,15 @@ impl Served {
             return Err(Error::Option(format!("policy `{twice}` is named twice")));
         }
         let cache = CacheOptions {
-            kv_dtype: options.kv_dtype,
-            kv_bytes: options.kv_memory.map(|size| size.as_u64()),
+            kv_dtype: options.kv_dtype.map(KvType::dtype),
+            kv_bytes: options.kv_memory,
             max_sequences: options.max_sequences.get(),
         };
+        let device = device(options.device)?;
         let mut hostings = vec![];
         let mut under = |policy| {
             hostings.push(register(policy, &cache));
-            Ok(load(&options.model, &options.device)?)
+            Ok(load(&options.model, &device)?)
         };
         let pipelines = policies.into_iter().map(&mut under).collect::<Result<Vec<_>>>();
         unregister();

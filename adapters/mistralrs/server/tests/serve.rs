@@ -4,8 +4,6 @@
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
-use bytesize::ByteSize;
-use candle_core::Device;
 use common::{endless, write};
 use futures::{StreamExt, future::join_all};
 use kvpolicy_mistralrs::Figures;
@@ -31,8 +29,8 @@ struct Server {
 
 fn options(model: PathBuf, policies: &[&str], kv_memory: Option<u64>) -> Options {
     let policies = policies.iter().map(|text| text.to_string()).collect();
-    let (kv_memory, max_sequences) = (kv_memory.map(ByteSize::b), 64.try_into().unwrap());
-    Options { model, policies, kv_memory, kv_dtype: None, device: Device::Cpu, max_sequences }
+    let max_sequences = 64.try_into().unwrap();
+    Options { model, policies, kv_memory, kv_dtype: None, device: Place::Cpu, max_sequences }
 }
 
 impl Server {
