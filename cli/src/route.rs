@@ -1,5 +1,6 @@
 //! `kvpolicy route`: an online A/B of policies over requests as they come.
 
+mod metrics_file;
 mod wire;
 
 use crate::{model::ModelArgs, table::bytes};
@@ -12,6 +13,7 @@ use kvpolicy::{
     runtime::TextModel,
 };
 use kvpolicy_candle::{Hosted, TextStream};
+use metrics_file::MetricsFile;
 use rand::{SeedableRng, rngs::StdRng};
 use std::{
     fs::File,
@@ -73,6 +75,9 @@ pub(crate) struct Args {
     /// Pass prompts as they are, without the model's chat template.
     #[arg(long)]
     raw: bool,
+    /// A file for Prometheus (node exporter's textfile collector reads such), written anew after each answer.
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
 }
 
 /// What is done where the command line does not say.
@@ -160,6 +165,7 @@ impl Args {
 pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
     ensure!(args.parallel > 0, "parallel=0: at least one");
     ensure!(args.max_tokens > 0, "max-tokens=0: at least one");
+    let metrics = args.metrics.as_deref().map(MetricsFile::new).transpose()?; // before the router shows its arms
     let router = args.router(registry)?;
     let lines = match &args.requests {
         Some(path) => lines_of(path)?,
@@ -173,7 +179,7 @@ pub(crate) fn run(args: &Args, registry: &Registry) -> Result<()> {
         hosted.lm.session(registry.parse(&arm.policy)?, &hosted.options)?;
     }
     let (input, output) = (Mutex::new(Input { lines, read: 0 }), Mutex::new(std::io::stdout()));
-    let service = Service { args, hosted: &hosted, router: &router, input, output };
+    let service = Service { args, hosted: &hosted, router: &router, input, output, metrics };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..args.parallel).map(|_| scope.spawn(|| service.work())).collect();
         let ended = workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| bail!("a worker broke off")));
@@ -190,6 +196,7 @@ struct Service<'a> {
     router: &'a Router,
     input: Mutex<Input>,
     output: Mutex<std::io::Stdout>,
+    metrics: Option<MetricsFile>,
 }
 
 struct Input {
@@ -208,6 +215,7 @@ impl Service<'_> {
     fn work(&self) -> Result<()> {
         while let Some(job) = self.next()? {
             self.serve(job)?;
+            self.metrics.iter().try_for_each(MetricsFile::write)?;
         }
         Ok(())
     }

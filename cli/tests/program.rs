@@ -148,9 +148,20 @@ fn route_answers_each_line_under_the_arm_of_its_key() {
     assert_eq!((full[2].trim(), full[4].trim()), ("100.0%", "1"), "of the requests only one was too long: {table}");
     assert!(table.contains("to see"));
 
-    let mut together = lines_with(&succeeded(&run(&["--parallel", "3"])), "tokens");
+    let mut together = lines_with(&succeeded(&run(&["--parallel", "3", "--metrics", "route.prom"])), "tokens");
     together.sort_by_key(|end| end["line"].as_u64());
     assert_eq!(together, ends, "however many at a time");
+    let metrics = std::fs::read_to_string(bench.path("route.prom")).unwrap();
+    for arm in ["full", "window:size=8"] {
+        let of_arm = ends.iter().filter(|end| end["arm"] == arm).count();
+        for line in [
+            format!("kvpolicy_router_requests{{arm=\"{arm}\"}} {of_arm}"),
+            format!("kvpolicy_router_weight{{arm=\"{arm}\"}} 1"),
+        ] {
+            assert!(metrics.lines().any(|it| it == line), "{line}: {metrics}");
+        }
+    }
+    assert!(metrics.contains("kvpolicy_router_failures{arm=\"full\"} 1"), "{metrics}");
 }
 
 #[test]
@@ -177,6 +188,7 @@ fn route_rolls_back_and_falls_back_by_its_limits() {
     fails(&["--limit-kl", "0.1", "--window", "0"], &["window=0"]);
     fails(&["--parallel", "0"], &["parallel=0"]);
     fails(&["--requests", "nowhere.jsonl"], &["nowhere.jsonl"]);
+    fails(&["--metrics", "nowhere/route.prom"], &["nowhere/route.prom"]);
 }
 
 #[test]

@@ -151,7 +151,10 @@ impl Hosting {
         first.map_or(Ok(None), |(loaded, _)| gates_of(&loaded.model, &loaded.config, policy))
     }
 
-    fn start_over(&self, choose: impl Fn(&Loaded, &Passes) -> Result<(Arc<dyn Policy>, Option<Arc<Gates>>)>) -> Result<()> {
+    fn start_over(
+        &self,
+        choose: impl Fn(&Loaded, &Passes) -> Result<(Arc<dyn Policy>, Option<Arc<Gates>>)>,
+    ) -> Result<()> {
         self.living().into_iter().try_for_each(|(loaded, pool)| {
             let mut passes = pool.lock();
             passes.check_idle()?;

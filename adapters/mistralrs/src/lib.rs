@@ -53,7 +53,8 @@
 //! # Gates
 //!
 //! `dms` takes the gates of the model's folder, as NVIDIA's and Shisa's checkpoints and `kvpolicy export` have them, or those
-//! that `dms:weights=` names, as a training writes them. A GGUF file has none of its own.
+//! that `dms:weights=` names, as a training writes them. For a model without any, such as a GGUF file, it takes those inside
+//! kvpolicy-candle that were trained for its weights ([`kvpolicy_candle::GateChoice`]).
 
 mod error;
 mod hosted;

@@ -51,9 +51,13 @@ fn prompt_of(runtime: &dyn Runtime) -> Vec<u32> {
 
 /// Many little facts, and a question about them.
 fn story() -> String {
-    let town = |i: usize| format!("In town {i} the market is on day {}, and the bridge is {} steps long.", i % 7, 90 + 13 * i);
+    let town =
+        |i: usize| format!("In town {i} the market is on day {}, and the bridge is {} steps long.", i % 7, 90 + 13 * i);
     let towns: Vec<String> = (1..15).map(town).collect();
-    format!("{} How long is the bridge of town 3, and when is the market there? Tell it as a short story.", towns.join(" "))
+    format!(
+        "{} How long is the bridge of town 3, and when is the market there? Tell it as a short story.",
+        towns.join(" ")
+    )
 }
 
 async fn generated(runtime: &dyn Runtime, text: &str, prompt: &[u32]) -> (Vec<u32>, Stats) {

@@ -31,5 +31,6 @@ mod request;
 mod routes;
 
 pub use error::{Error, Result};
+pub use kvpolicy_cli::{KvType, Place};
 pub use models::{Options, Served};
 pub use routes::router;

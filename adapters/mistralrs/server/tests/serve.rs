@@ -7,7 +7,7 @@ mod common;
 use common::{endless, write};
 use futures::{StreamExt, future::join_all};
 use kvpolicy_mistralrs::Figures;
-use kvpolicy_serve::{Options, Served, router};
+use kvpolicy_serve::{Options, Place, Served, router};
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use std::{
@@ -37,7 +37,12 @@ impl Server {
     async fn start(policies: &[&str], kv_memory: Option<u64>) -> Self {
         let model = tempfile::tempdir().unwrap();
         write(&endless("llama", json!({})), model.path()); // many of its streams end within a character
-        let served = Served::load(&options(model.path().into(), policies, kv_memory)).await.unwrap();
+        let path = model.path().into();
+        Self::of(path, model, policies, kv_memory).await
+    }
+
+    async fn of(path: PathBuf, model: TempDir, policies: &[&str], kv_memory: Option<u64>) -> Self {
+        let served = Served::load(&options(path, policies, kv_memory)).await.unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let routes = router(served.clone());
@@ -319,20 +324,22 @@ async fn refusal(model: &TempDir, policies: &[&str]) -> String {
     Served::load(&options(model.path().into(), policies, None)).await.unwrap_err().to_string()
 }
 
-/// For as many minutes as the variable `MINUTES` says.
+/// For as many minutes as the variable `MINUTES` says, on the tiny model or the one that `MODEL` names, in a pool of `KV_MIB`.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes"]
 async fn sixty_four_streams_for_minutes() {
-    let minutes: u64 = std::env::var("MINUTES").unwrap().parse().unwrap();
-    let end = Instant::now() + Duration::from_secs(60 * minutes);
-    let load = Load::new().await;
+    let variable = |name: &str| std::env::var(name).ok();
+    let minutes: u64 = variable("MINUTES").unwrap().parse().unwrap();
+    let load = match variable("MODEL") {
+        Some(model) => Load::of(model.into(), variable("KV_MIB").unwrap().parse::<u64>().unwrap() << 20).await,
+        None => Load::tiny().await,
+    };
+    let begun = Instant::now();
     let mut rounds = 0;
-    while Instant::now() < end {
+    while begun.elapsed() < Duration::from_secs(60 * minutes) {
         load.round(rounds).await;
         rounds += 1;
-        if rounds.is_power_of_two() || Instant::now() >= end {
-            println!("{rounds} rounds of 64 streams for each policy, resident {} MiB", resident_mib());
-        }
+        println!("{rounds} rounds, {:.0} s, resident {} MiB", begun.elapsed().as_secs_f64(), resident_mib());
     }
     load.check();
     for model in load.server.served.figures() {
@@ -341,7 +348,7 @@ async fn sixty_four_streams_for_minutes() {
 }
 
 async fn sixty_four_streams(rounds: usize) {
-    let load = Load::new().await;
+    let load = Load::tiny().await;
     for round in 0..rounds {
         load.round(round).await;
     }
@@ -351,14 +358,22 @@ async fn sixty_four_streams(rounds: usize) {
 /// The requests in flight need more than the pool under `full`, and less at a quarter of it.
 struct Load {
     server: Server,
+    pool: u64, // bytes
+    /// Whether the model ends texts by itself.
+    ends: bool,
 }
 
 const LOAD: [&str; 2] = ["full", "tova:budget=25%"];
-const POOL: u64 = 3 << 20;
 
 impl Load {
-    async fn new() -> Self {
-        Self { server: Server::start(&LOAD, Some(POOL)).await }
+    async fn tiny() -> Self {
+        let pool = 3 << 20;
+        Self { server: Server::start(&LOAD, Some(pool)).await, pool, ends: false }
+    }
+
+    async fn of(model: PathBuf, pool: u64) -> Self {
+        let server = Server::of(model, tempfile::tempdir().unwrap(), &LOAD, Some(pool)).await;
+        Self { server, pool, ends: true }
     }
 
     /// 64 streams at once, of many lengths, for each policy.
@@ -369,7 +384,12 @@ impl Load {
                 async move {
                     let (generated, finish) =
                         self.server.stream("/v1/chat/completions", &chat(policy, &prompt, tokens, true)).await;
-                    assert_eq!((generated, finish.as_str()), (tokens, "length"), "{policy}, request {i}");
+                    let ended = match finish.as_str() {
+                        "length" => generated == tokens,
+                        "stop" => self.ends && generated <= tokens,
+                        _ => false,
+                    };
+                    assert!(ended, "{policy}, request {i}: {generated} of {tokens} tokens, {finish}");
                 }
             };
             join_all((0..64).map(ask)).await;
@@ -381,7 +401,7 @@ impl Load {
         let [full, quarter] = LOAD.map(|policy| self.server.figures(policy));
         for model in [&full, &quarter] {
             let (usage, policy) = (model.usage, &model.policy);
-            assert!(usage.bytes_peak <= POOL && usage.bytes_reserved <= POOL, "{policy}: {usage:?}");
+            assert!(usage.bytes_peak <= self.pool && usage.bytes_reserved <= self.pool, "{policy}: {usage:?}");
             assert_eq!((usage.live_entries, usage.pages_in_use), (0, 0), "{policy}");
         }
         assert!(full.served.waits > 0, "the pool must be too small for `full`: {:?}", full.served);
