@@ -29,14 +29,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// One table is of one model that was asked the same.
 fn check_alike((a_path, a): (&Path, &Report), (b_path, b): (&Path, &Report)) -> Result<()> {
     let facts = |r: &Report| {
-        let seed = r.seed.to_string();
-        let drawn = format!("{} at {}", r.repeats, r.temperature);
-        let model = [r.model_sha256.clone(), r.tokenizer_sha256.clone(), r.dtype.clone(), r.quantized.to_string()];
-        [&model[..], &[r.kv_dtype.clone(), seed, r.text_sha256.clone(), drawn]].concat()
+        [
+            ("model_sha256", r.model_sha256.clone()),
+            ("tokenizer_sha256", r.tokenizer_sha256.clone()),
+            ("dtype", r.dtype.clone()),
+            ("quantized", r.quantized.to_string()),
+            ("kv_dtype", r.kv_dtype.clone()),
+            ("seed", r.seed.to_string()),
+            ("text_sha256", r.text_sha256.clone()),
+            ("repeats and temperature", format!("{} at {}", r.repeats, r.temperature)),
+        ]
     };
-    let model = ["model_sha256", "tokenizer_sha256", "dtype", "quantized"];
-    let names = [&model[..], &["kv_dtype", "seed", "text_sha256", "repeats and temperature"]].concat();
-    for ((name, a), b) in names.iter().zip(facts(a)).zip(facts(b)) {
+    for ((name, a), (_, b)) in facts(a).into_iter().zip(facts(b)) {
         // Tasks that make up their prompts leave the text empty.
         if a != b && !a.is_empty() && !b.is_empty() {
             bail!("{}: its {name} is {b}, that of {} is {a}", b_path.display(), a_path.display());

@@ -88,13 +88,12 @@ impl Model {
     fn new(shape: &Shape, weight_size: u64, kv: KvType) -> Self {
         let Config { layers, q_heads, kv_heads, head_dim, vocab, hidden, tied, .. } = shape.config;
         let parameters = shape.config.parameters() as u64;
-        let windows: Vec<u32> = (0..layers).filter_map(|layer| shape.config.window(layer)).collect();
         let embedding = if tied { 0 } else { (vocab * hidden) as u64 };
         let multiplied = parameters - embedding;
         let weights = shape.weight_bytes.unwrap_or(parameters * weight_size);
         Self {
             layers: layers as u64,
-            windows: windows.first().map(|window| (windows.len() as u64, *window as u64)),
+            windows: shape.config.windows().map(|(layers, window)| (layers as u64, window as u64)),
             q_heads: q_heads as u64,
             kv_heads: kv_heads as u64,
             head_dim: head_dim as u64,

@@ -188,8 +188,7 @@ impl ModelSummary {
     fn of(config: &Config) -> Self {
         let Config { layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied, arch, .. } = *config;
         let architecture = arch.class().to_string();
-        let windows: Vec<u32> = (0..layers).filter_map(|layer| config.window(layer)).collect();
-        let windows = windows.first().map(|window| (windows.len(), *window));
+        let windows = config.windows();
         Self { architecture, layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, max_context, tied, windows }
     }
 

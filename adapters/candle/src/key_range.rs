@@ -40,8 +40,8 @@ pub(crate) fn key_range(model: &Model) -> Result<KeyRange> {
     let (spec, vocab) = (model.config().spec(), model.config().vocab);
     let watch = Arc::new(Watch { largest: Mutex::default() });
     // No window ends: every layer is under the watch.
-    let windows = (0..spec.layers).filter_map(|layer| model.config().window(layer)).map(|window| window as usize);
-    let tokens = windows.chain([TOKENS, model.config().max_context]).min().unwrap_or(TOKENS);
+    let window = model.config().windows().map_or(TOKENS, |(_, window)| window as usize);
+    let tokens = TOKENS.min(window).min(model.config().max_context);
     let options = SessionOptions { max_tokens: Some(tokens), ..SessionOptions::default() };
     let text: Vec<u32> = (0..tokens).map(|i| (i * 7919 % vocab) as u32).collect();
     Session::under(model, None, watch.clone(), &options)?.prefill(&text, true)?;

@@ -48,10 +48,10 @@ impl Config {
                     .into(),
             ));
         }
-        let window = (0..self.layers).filter_map(|layer| self.window(layer)).find(|window| (*window as usize) < length);
-        match window {
+        match self.windows() {
             None => Ok(()),
-            Some(window) => Err(Error::Model(format!(
+            Some((_, window)) if window as usize >= length => Ok(()),
+            Some((_, window)) => Err(Error::Model(format!(
                 "{:?} cannot be trained on sequences of {length} tokens: it has layers with a sliding window of {window}",
                 self.arch
             ))),

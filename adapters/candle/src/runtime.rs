@@ -1,6 +1,6 @@
 //! A model as a [`kvpolicy::runtime::Runtime`]: a session at a time.
 
-use crate::{session::Session, subject::Hosted};
+use crate::{gates::Gates, session::Session, subject::Hosted};
 use async_trait::async_trait;
 use futures_util::stream;
 use kvpolicy::{
@@ -15,8 +15,16 @@ type Result<T> = std::result::Result<T, HostError>;
 #[derive(Debug)]
 pub struct CandleRuntime {
     hosted: Hosted,
-    /// The policy loaded last, and what the cache has held over the last generation.
-    loaded: Mutex<Option<(Arc<dyn Policy>, Stats)>>,
+    loaded: Mutex<Option<Loaded>>,
+}
+
+/// The policy loaded last.
+#[derive(Debug, Clone)]
+struct Loaded {
+    policy: Arc<dyn Policy>,
+    gates: Option<Arc<Gates>>,
+    /// What the cache has held over the last generation.
+    stats: Stats,
 }
 
 impl CandleRuntime {
@@ -25,8 +33,13 @@ impl CandleRuntime {
         Self { hosted, loaded: Mutex::default() }
     }
 
-    fn loaded(&self) -> MutexGuard<'_, Option<(Arc<dyn Policy>, Stats)>> {
+    fn loaded(&self) -> MutexGuard<'_, Option<Loaded>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn session(&self, loaded: &Loaded) -> Result<Session<'_>> {
+        let (gates, policy) = (loaded.gates.clone(), loaded.policy.clone());
+        Ok(Session::new(self.hosted.lm.model(), gates, policy, &self.hosted.options)?)
     }
 }
 
@@ -59,20 +72,21 @@ impl TextModel for CandleRuntime {
 #[async_trait]
 impl Runtime for CandleRuntime {
     async fn load(&self, policy: &Arc<dyn Policy>) -> Result<()> {
-        self.hosted.lm.session(policy.clone(), &self.hosted.options)?;
-        *self.loaded() = Some((policy.clone(), Stats::default()));
+        let (policy, gates) = (policy.clone(), self.hosted.lm.gates_for(&**policy)?);
+        let loaded = Loaded { policy, gates, stats: Stats::default() };
+        self.session(&loaded)?; // what cannot run is told now
+        *self.loaded() = Some(loaded);
         Ok(())
     }
 
     async fn generate<'a>(&'a self, prompt: &[u32], most: usize) -> Result<Tokens<'a>> {
-        let policy = self.loaded().as_ref().map(|(policy, _)| policy.clone()).ok_or("no policy is loaded")?;
-        let session = self.hosted.lm.session(policy, &self.hosted.options)?;
+        let session = self.session(&self.loaded().clone().ok_or("no policy is loaded")?)?;
         let generation = Generation { runtime: self, session, new: prompt.to_vec(), read: 0, left: most };
         Ok(Box::pin(stream::iter(generation)))
     }
 
     async fn stats(&self) -> Stats {
-        self.loaded().as_ref().map_or_else(Stats::default, |(_, stats)| *stats)
+        self.loaded().as_ref().map_or_else(Stats::default, |loaded| loaded.stats)
     }
 }
 
@@ -93,8 +107,8 @@ impl Generation<'_> {
         };
         let logits: Vec<f32> = logits?.to_vec1()?;
         self.read += self.new.len();
-        if let Some((_, stats)) = self.runtime.loaded().as_mut() {
-            *stats = self.session.stats();
+        if let Some(loaded) = self.runtime.loaded().as_mut() {
+            loaded.stats = self.session.stats();
         }
         Ok(kvpolicy::compare::Next::Logits(logits).most_likely()?)
     }

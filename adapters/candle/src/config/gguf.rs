@@ -1,7 +1,7 @@
 //! A configuration from the metadata of a GGUF file.
 
 use super::{
-    Activation, Arch, Config, GLOBAL, LOCAL_THETA, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth,
+    Arch, Config, GLOBAL, LOCAL_THETA, OtherLayers, WITHOUT_ROPE, checked_layers, divide, every_nth,
     inverse_frequencies,
 };
 use crate::error::{Error, Result};
@@ -93,8 +93,8 @@ impl Config {
                 },
             },
             others,
-            activation: if arch == Arch::Gemma3 { Activation::GeluTanh } else { Activation::Silu },
-            embedding_scale: if arch == Arch::Gemma3 { (hidden as f64).sqrt() } else { 1.0 },
+            activation: arch.activation().1,
+            embedding_scale: arch.embedding_scale(hidden),
             // The file does not say: the largest model alone, of 62 layers, divides by another number than head_dim.
             query_scale: match arch {
                 Arch::Gemma3 if layers == 62 => (head_dim as f64 / divide(hidden, q_heads)? as f64).sqrt(),

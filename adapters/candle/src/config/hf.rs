@@ -109,11 +109,16 @@ impl Arch {
     }
 
     /// And its name.
-    fn activation(self) -> (&'static str, Activation) {
+    pub(super) fn activation(self) -> (&'static str, Activation) {
         match self {
             Self::Gemma3 => ("gelu_pytorch_tanh", Activation::GeluTanh),
             _ => ("silu", Activation::Silu),
         }
+    }
+
+    /// What embeddings are multiplied by.
+    pub(super) fn embedding_scale(self, hidden: usize) -> f64 {
+        if self == Self::Gemma3 { (hidden as f64).sqrt() } else { 1.0 }
     }
 }
 
@@ -178,7 +183,7 @@ impl HfConfig {
             rope: Rope { inv_freq, layout: RopeLayout::HalfSplit },
             others,
             activation,
-            embedding_scale: if arch == Arch::Gemma3 { (self.hidden_size as f64).sqrt() } else { 1.0 },
+            embedding_scale: arch.embedding_scale(self.hidden_size),
             query_scale: match arch {
                 Arch::Gemma3 => (head_dim as f64 / self.query_pre_attn_scalar.unwrap_or(256.0)).sqrt(),
                 _ => 1.0,

@@ -62,7 +62,7 @@ impl Config {
                 "hidden_activation": "gelu_pytorch_tanh",
                 "query_pre_attn_scalar": self.head_dim as f64 / self.query_scale.powi(2),
                 "layer_types": (0..self.layers).map(|layer| self.layer_type(layer)).collect::<Vec<_>>(),
-                "sliding_window": (0..self.layers).find_map(|layer| self.window(layer)).unwrap_or(self.max_context as u32),
+                "sliding_window": self.windows().map_or(self.max_context as u32, |(_, window)| window),
                 "rope_local_base_freq": LOCAL_THETA,
             }),
             Arch::SmolLm3 => json!({

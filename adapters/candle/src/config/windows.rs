@@ -11,6 +11,12 @@ impl Config {
         if self.is_other(layer) { self.others.as_ref()?.window } else { None }
     }
 
+    /// How many layers have a sliding window, and its size.
+    pub fn windows(&self) -> Option<(usize, u32)> {
+        let others = self.others.as_ref()?;
+        Some((others.which.iter().filter(|&&other| other).count(), others.window?))
+    }
+
     /// A policy as a cache for sequences of up to `max_tokens` takes it: a layer with a sliding window holds exactly that,
     /// whatever the policy is, and the policy rules the others. Where each layer has a window, it rules all of them as
     /// long as no window ends within `max_tokens`.
@@ -19,7 +25,7 @@ impl Config {
     /// [`Error::Model`] for a policy other than `full` where each layer has a window that ends within `max_tokens`: what
     /// it evicts inside the window cannot be told apart from what the window evicts.
     pub fn policy(&self, asked: Arc<dyn Policy>, max_tokens: usize) -> Result<Arc<dyn Policy>> {
-        let Some((ranges, size)) = self.windows() else { return Ok(asked) };
+        let Some((ranges, size)) = self.window_ranges() else { return Ok(asked) };
         let window: Arc<dyn Policy> = Arc::new(Window { size, sinks: 0 });
         if ranges == [0..=self.layers - 1] {
             return match asked.to_string().as_str() {
@@ -36,7 +42,7 @@ impl Config {
     }
 
     /// The layers with a window, and its size.
-    fn windows(&self) -> Option<(Vec<RangeInclusive<usize>>, u32)> {
+    fn window_ranges(&self) -> Option<(Vec<RangeInclusive<usize>>, u32)> {
         let others = self.others.as_ref()?;
         let (mut ranges, mut next) = (vec![], 0);
         for run in others.which.chunk_by(|a, b| a == b) {
