@@ -1,7 +1,7 @@
 //! What there is to know of a model that the host has loaded: its shape and its gates.
 
 use crate::error::{Error, Result};
-use candle_core::{Device, DeviceLocation};
+use candle_core::{DType, Device, DeviceLocation};
 use kvpolicy::Policy;
 use kvpolicy_candle::{Config, GateChoice, Gates, weights_sha256};
 use mistralrs_core::kv_policy::Model;
@@ -50,7 +50,9 @@ pub(crate) fn config_of(model: &Model) -> Result<Config> {
 
 /// The gates that a model runs with under a policy.
 pub(crate) fn gates_of(model: &Model, config: &Config, policy: &dyn Policy) -> Result<Option<Arc<Gates>>> {
-    let (device, dtype) = (device_of(model)?, model.dtype);
+    // Between quantized weights activations are f32, whatever type the host was asked for.
+    let dtype = if model.config_json.is_some() { model.dtype } else { DType::F32 };
+    let device = device_of(model)?;
     let file = model.weight_files.first().ok_or_else(|| Error::Host(NO_FILE.into()))?;
     let folder = file.parent().filter(|_| model.config_json.is_some());
     let own = folder.map(|folder| Gates::find(folder, config, dtype, device)).transpose()?.flatten().map(Arc::new);

@@ -3,9 +3,13 @@
 
 mod common;
 
-use common::{by_candle, by_host, endless, greedy, load, loader, max_difference, policy, prompt, tiny::Tiny, write};
+use candle_core::{Device, quantized::GgmlDType};
+use common::{
+    by_candle, by_host, endless, generate, gguf_loader, greedy, load, load_on, loader, max_difference, policy, prompt,
+    start, tiny::Tiny, write,
+};
 use kvpolicy_mistralrs::{CacheOptions, register};
-use mistralrs_core::NormalLoaderType;
+use mistralrs_core::{ModelDType, NormalLoaderType};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -31,10 +35,23 @@ async fn from_a_file(tiny: Tiny, dir: &Path, arch: NormalLoaderType) {
     tiny.write_gates(&dir.join("gates"));
     let text = format!("dms:weights={}", dir.join("gates/gates.safetensors").display());
     assert!(agree(dir, arch.clone(), &text).await > 0);
+    of_any_type(&tiny, dir, &text).await;
 
     register(policy("dms:weights=nowhere.safetensors"), &CacheOptions::default());
     let why = load(&*loader(dir, arch, false)).map(|_| ()).unwrap_err().to_string();
     assert!(why.contains("nowhere.safetensors"), "{why}");
+}
+
+/// A quantized model's activations are f32, whatever type the host is asked for.
+async fn of_any_type(tiny: &Tiny, dir: &Path, text: &str) {
+    let file = dir.join("model.gguf");
+    tiny.write_gguf(&file, GgmlDType::Q8_0);
+    for dtype in [ModelDType::F32, ModelDType::BF16, ModelDType::F16] {
+        let hosting = register(policy(text), &CacheOptions::default());
+        let host = start(load_on(&*gguf_loader(&file), &Device::Cpu, dtype).unwrap()).await;
+        assert_eq!(generate(&host, &prompt(40), TOKENS).await.unwrap().len(), TOKENS, "{dtype:?}");
+        assert!(hosting.figures()[0].stats.evicted > 0, "{dtype:?}");
+    }
 }
 
 /// The fields and tensors that a training writes, in the model's own files.
@@ -43,7 +60,7 @@ async fn of_the_model(arch: &'static str, dir: &Path, loads_as: NormalLoaderType
     endless(arch, json!({})).write_gates(&gates);
     let fields: Value = serde_json::from_slice(&std::fs::read(gates.join("config.json")).unwrap()).unwrap();
     let mut tiny = endless(arch, fields);
-    let tensors = candle_core::safetensors::load(gates.join("gates.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let tensors = candle_core::safetensors::load(gates.join("gates.safetensors"), &Device::Cpu).unwrap();
     tiny.tensors.extend(tensors);
     write(&tiny, dir);
     assert!(agree(dir, loads_as.clone(), "dms").await > 0);
