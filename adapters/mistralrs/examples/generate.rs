@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example generate -- MODEL_FOLDER "tova:budget=25%" "Why is the sky blue?"
-//! cargo run --release --example generate -- SmolLM2-135M-Instruct.Q4_1.gguf dms "Why is the sky blue?"
+//! cargo run --release --example generate -- SmolLM2-135M-Instruct.Q4_1.gguf dms:weights=smollm2-135m-instruct-w64-4x "Why is the sky blue?"
 //! ```
 
 use kvpolicy::Registry;
