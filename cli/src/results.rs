@@ -65,9 +65,14 @@ impl Results {
 
 /// A file of the folder.
 pub(crate) fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> Result<()> {
-    let (path, begun) = (dir.join(name), dir.join(format!("{name}.part")));
-    // Whatever stops it, the file is whole: the old one or the new one.
-    let written = std::fs::write(&begun, content).and_then(|()| std::fs::rename(&begun, &path));
+    replace(&dir.join(name), content)
+}
+
+/// Writes a file anew. Whatever stops it, the file is whole: the old one or the new one.
+pub(crate) fn replace(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
+    let mut begun = path.as_os_str().to_owned();
+    begun.push(".part");
+    let written = std::fs::write(&begun, content).and_then(|()| std::fs::rename(&begun, path));
     written.with_context(|| path.display().to_string())
 }
 

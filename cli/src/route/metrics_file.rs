@@ -1,9 +1,9 @@
 //! What the router counts, in Prometheus's text format.
 
+use crate::results::replace;
 use anyhow::{Context, Result};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -34,8 +34,6 @@ impl MetricsFile {
     pub(super) fn write(&self) -> Result<()> {
         let path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
         self.handle.run_upkeep();
-        let beside = path.with_extension("new");
-        let written = fs::write(&beside, self.handle.render()).and_then(|()| fs::rename(&beside, &*path));
-        written.with_context(|| path.display().to_string())
+        replace(&path, self.handle.render())
     }
 }
